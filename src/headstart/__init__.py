@@ -1,0 +1,41 @@
+"""headstart: a person's own labelled text in, a tested BERT classifier out.
+
+Importing this does no work; torch and transformers are imported when something is trained or loaded.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from headstart.predict import Predictor
+    from headstart.run import Run
+
+__all__ = ["load", "train"]
+
+
+def train(data: str, *, out: str | None = None, **settings: Any) -> "Run":
+    """Train a classifier on a table, test it, and write its run folder.
+
+    Args:
+        data: a path, an hf://datasets address, or `sample`.
+        out: the run folder; None: runs/NAME.
+        settings: fields of `headstart.config.TrainConfig`, `recipe` among them.
+
+    Raises:
+        headstart.errors.InputError: something given cannot be used; the message says how to mend it.
+    """
+    from headstart import config, run
+
+    return run.train(config.settings(data, out=out, **settings))
+
+
+def load(run: "str | Path") -> "Predictor":
+    """Load a run folder to predict with: `load("my-run").predict(["a text"])`.
+
+    Raises:
+        headstart.errors.RunError: it is not one, or a file in it is missing or damaged.
+    """
+    from headstart import predict
+
+    return predict.load(run)

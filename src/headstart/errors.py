@@ -1,0 +1,83 @@
+"""The exceptions headstart raises on purpose.
+
+Every message is a whole sentence that says what is wrong and what to do about it. This room knows nothing of
+the others; the command line turns each class into an exit code.
+"""
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code != 9}
+"""Control characters, which a hostile text could use to drive a terminal, are shown as a replacement sign."""
+
+
+def printable(text: str) -> str:
+    """A text safe to print on one line of a terminal."""
+    return text.translate(CONTROL)
+
+
+class HeadstartError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InputError(HeadstartError):
+    """Something the person gave cannot be used; the message says how to mend it."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """A table cannot be used. Holds every problem found in it, not only the first.
+
+    Args:
+        problems: one sentence a problem.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(InputError):
+    """An encoder cannot be found, read or used."""
+
+
+class RunError(InputError):
+    """A run folder cannot be read or written."""
+
+
+class DiskError(InputError):
+    """The disk refused a write: full, read-only or forbidden."""
+
+
+class StoppedEarlyError(HeadstartError):
+    """Ctrl-C ended the work early; the message says what was kept."""
+
+    exit_code = 130
+
+
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turn the disk's refusals inside the block into one sentence about `path`.
+
+    Raises:
+        DiskError: no space, no permission, read-only, or a file where a folder must be.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message = f"{path}: the disk is full. Free some space or choose another --out, and run it again."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"{path}: cannot be written (no permission). Choose another folder or change its mode."
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            message = f"{path}: cannot be written: a part of the path is missing or is no folder."
+        elif error.errno == errno.ENAMETOOLONG:
+            message = f"{str(path)[:60]}…: the file name is too long for this disk. Choose a shorter one."
+        else:
+            raise
+        raise DiskError(message) from error

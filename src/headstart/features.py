@@ -1,0 +1,340 @@
+"""The on-disk store of what the frozen encoder produced, so that it is computed once.
+
+A *shelf* is a folder for one encoder and layout; it holds immutable *segments*, each a safetensors file of keys
+(16 bytes a text), vectors (half precision) and a checksum a row. A segment is written beside its place, synced and
+renamed, so a torn one is never seen, and readers need no lock. A text's key is a hash of its token ids after
+truncation: that covers the text, the tokenizer and max_length, and lets a run with another max_length reuse every
+text that neither cuts. All else that changes the answer is in the shelf's name.
+
+This room knows files and arrays; what the vectors mean is the encoder's business.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from headstart.config import CACHE_MAX_BYTES
+from headstart.encoder import Encoder, encode, stored_layout
+from headstart.errors import InputError, disk_errors
+from headstart.progress import Advance, bar
+from headstart.tokens import Tokens
+
+FORMAT = "1"
+KEY_BYTES = 16
+SEGMENT_BYTES = 64 * 1024**2
+"""A segment is written whenever this much is ready, so that an interrupted pass keeps what it has done."""
+
+Batch = tuple[NDArray[np.int64], NDArray[np.float16]]
+
+
+def cache_folder() -> Path:
+    """The folder of everything headstart keeps between runs; HEADSTART_CACHE_DIR moves it."""
+    return Path(os.environ.get("HEADSTART_CACHE_DIR") or platformdirs.user_cache_dir("headstart"))
+
+
+def cache_max_bytes() -> int:
+    """The size cap of the store, from HEADSTART_CACHE_MAX_BYTES or the default.
+
+    Raises:
+        InputError: the variable is no whole number.
+    """
+    given = os.environ.get("HEADSTART_CACHE_MAX_BYTES")
+    if given is None:
+        return CACHE_MAX_BYTES
+    if not given.isdigit():
+        raise InputError(f"HEADSTART_CACHE_MAX_BYTES must be a number of bytes, and {given!r} was given.")
+    return int(given)
+
+
+def text_keys(tokens: Tokens) -> NDArray[np.void]:
+    """(n,) keys of 16 bytes, one a text: BLAKE2b of its token ids."""
+    digests = [hashlib.blake2b(tokens[i].tobytes(), digest_size=KEY_BYTES).digest() for i in range(len(tokens))]
+    return np.frombuffer(b"".join(digests), dtype=f"V{KEY_BYTES}")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The frozen encoder's output for n texts, and what it cost.
+
+    Attributes:
+        values: (n, vectors, hidden) half precision; a memory map where it would not fit in memory.
+        layout: what each vector is.
+        texts: distinct texts asked for.
+        encoded: of them, computed now.
+        reused: of them, found in the store.
+        bytes: size of the distinct texts' vectors.
+        warnings: damage found in the store, one sentence each.
+    """
+
+    values: NDArray[np.float16]
+    layout: tuple[str, ...]
+    texts: int
+    encoded: int
+    reused: int
+    bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+class Shelf:
+    """The stored vectors of one encoder and layout.
+
+    Args:
+        folder: where its segments lie.
+        shape: (vectors, hidden) of one text.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
+        self.folder = folder
+        self.shape = shape
+        self.warnings: list[str] = []
+
+    def lookup(self, keys: NDArray[np.void], into: NDArray[np.float16]) -> NDArray[np.bool_]:
+        """Copy what is stored under `keys` into the rows of `into`.
+
+        Damaged rows and segments are passed over with a warning in `warnings`; they count as not stored.
+
+        Returns:
+            (n,) whether each key was found whole.
+        """
+        found = np.zeros(len(keys), dtype=bool)
+        for path in self._segments():
+            if found.all():
+                break
+            try:
+                self._copy_from(path, keys, into, found)
+            except FileNotFoundError:
+                continue  # evicted by another process between listing and opening
+            except (SafetensorError, ValueError, KeyError, OSError) as error:
+                self._damaged(path, f"cannot be read ({error})")
+        return found
+
+    def _copy_from(
+        self, path: Path, keys: NDArray[np.void], into: NDArray[np.float16], found: NDArray[np.bool_]
+    ) -> None:
+        with safe_open(path, framework="numpy") as segment:
+            stored = np.ascontiguousarray(segment.get_tensor("keys"))
+            sums = segment.get_tensor("checksums")
+            values = segment.get_tensor("values")
+        if values.shape[1:] != self.shape or len(stored) != len(values) or len(sums) != len(values):
+            raise ValueError("its shape is not the shelf's")
+        stored_keys = stored.view(f"V{KEY_BYTES}").ravel()
+        order = np.argsort(stored_keys)
+        missing = np.flatnonzero(~found)
+        place = np.searchsorted(stored_keys, keys[missing], sorter=order)
+        place[place == len(order)] = 0
+        rows = order[place] if len(order) else place
+        here = stored_keys[rows] == keys[missing] if len(order) else np.zeros(len(missing), dtype=bool)
+        bad = 0
+        for target, row in zip(missing[here].tolist(), rows[here].tolist(), strict=True):
+            if row_checksum(stored[row], values[row]) != sums[row]:
+                bad += 1
+                continue
+            into[target] = values[row]
+            found[target] = True
+        if bad:
+            self._damaged(path, f"has {bad:,} damaged row{'s' if bad != 1 else ''}")
+        elif here.any():
+            with contextlib.suppress(OSError):  # a read-only cache still serves
+                os.utime(path)
+
+    def _damaged(self, path: Path, what: str) -> None:
+        self.warnings.append(f"The feature store's file {path} {what}; those texts are encoded again.")
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+    def _segments(self) -> list[Path]:
+        """Segments, the newest first."""
+        dated = []
+        for path in self.folder.glob("*.safetensors"):
+            with contextlib.suppress(OSError):
+                dated.append((path.stat().st_mtime_ns, path))
+        return [path for _, path in sorted(dated, reverse=True)]
+
+    def append(self, keys: NDArray[np.void], values: NDArray[np.float16]) -> None:
+        """Write one segment: synced, then renamed into place, under the store's lock; evict if over the cap.
+
+        Raises:
+            DiskError: full, read-only or forbidden.
+        """
+        flat = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        sums = np.array([row_checksum(k, v) for k, v in zip(flat, values, strict=True)], dtype=np.uint32)
+        data = save({"keys": flat, "checksums": sums, "values": np.ascontiguousarray(values)})
+        store = self.folder.parent
+        with disk_errors(store):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(store / "lock"):
+                for orphan in store.glob("*/*.tmp"):  # left by a killed writer: a living one would hold the lock
+                    orphan.unlink(missing_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+                try:
+                    write_synced(temporary, data)
+                    temporary.rename(temporary.with_suffix(".safetensors"))
+                finally:
+                    temporary.unlink(missing_ok=True)
+                sync_folder(self.folder)
+                _evict(store, cache_max_bytes())
+
+
+def row_checksum(key: NDArray[np.uint8], value: NDArray[np.float16]) -> int:
+    """CRC-32 of a row's key and vectors."""
+    return zlib.crc32(value.tobytes(), zlib.crc32(key.tobytes()))
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has a folder's entries (POSIX; elsewhere renames are already ordered)."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _evict(store: Path, cap: int) -> None:
+    """Delete the segments used longest ago until the store is within `cap` bytes."""
+    entries = []
+    for path in store.glob("*/*.safetensors"):
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            entries.append((stat.st_mtime_ns, stat.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= cap:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def shelf_for(encoder: Encoder, layout: Sequence[str]) -> Shelf:
+    """The shelf of an encoder and layout; its name holds everything but the text that changes a vector."""
+    parts = json.dumps([FORMAT, encoder.fingerprint, list(layout)])
+    name = hashlib.sha256(parts.encode()).hexdigest()[:32]
+    return Shelf(cache_folder() / "features" / name, (len(layout), encoder.hidden))
+
+
+def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
+    """What the frozen encoder makes of each text: from the store where it is there, computed and kept where not.
+
+    Each distinct text is looked up or computed once. Values are rounded to half precision either way, so a
+    stored and a fresh answer are the same.
+
+    Args:
+        encoder: loaded and frozen.
+        tokens: n texts, truncated.
+
+    Raises:
+        DiskError: the store cannot be written.
+    """
+    layout = stored_layout(encoder)
+    shelf = shelf_for(encoder, layout)
+    keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
+    values = np.empty((len(keys), *shelf.shape), dtype=np.float16)
+    missing = np.flatnonzero(~shelf.lookup(keys, values))
+    if len(missing):
+        batches = encode(encoder, tokens.take(first[missing]), layout)
+        with bar("encoding", len(missing), "texts") as advance:
+            for part, fresh in _in_segments(batches, advance):
+                rows = missing[part]
+                values[rows] = fresh
+                shelf.append(keys[rows], fresh)
+    return Features(
+        values[where.ravel()],
+        layout,
+        texts=len(keys),
+        encoded=len(missing),
+        reused=len(keys) - len(missing),
+        bytes=values.nbytes,
+        warnings=tuple(shelf.warnings),
+    )
+
+
+def _in_segments(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
+    """Join batches until they are as large as a segment shall be."""
+    pending: list[Batch] = []
+    size = 0
+    for index, fresh in batches:
+        pending.append((index, fresh))
+        size += fresh.nbytes
+        advance(len(index), "")
+        if size >= SEGMENT_BYTES:
+            yield np.concatenate([i for i, _ in pending]), np.concatenate([f for _, f in pending])
+            pending, size = [], 0
+    if pending:
+        yield np.concatenate([i for i, _ in pending]), np.concatenate([f for _, f in pending])
+
+
+# --- what `headstart cache` shows and does
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What the store holds.
+
+    Attributes:
+        folder: where it is.
+        texts: stored texts, over all encoders.
+        shelves: encoders and layouts.
+        bytes: size on disk.
+        max_bytes: its cap.
+    """
+
+    folder: Path
+    texts: int
+    shelves: int
+    bytes: int
+    max_bytes: int
+
+
+def cache_info() -> CacheInfo:
+    """Count what the store holds; files that cannot be read count as bytes only."""
+    store = cache_folder() / "features"
+    texts = size = 0
+    shelves = set()
+    for path in store.glob("*/*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError):
+            size += path.stat().st_size
+            shelves.add(path.parent)
+            with safe_open(path, framework="numpy") as segment:
+                texts += segment.get_slice("checksums").get_shape()[0]
+    return CacheInfo(store, texts, len(shelves), size, cache_max_bytes())
+
+
+def clear_cache() -> int:
+    """Delete every stored feature; returns the bytes freed.
+
+    Raises:
+        DiskError: forbidden.
+    """
+    info = cache_info()
+    with disk_errors(info.folder):
+        if info.folder.is_dir():
+            with FileLock(info.folder / "lock"):
+                for shelf in info.folder.iterdir():
+                    if shelf.is_dir():
+                        shutil.rmtree(shelf)
+    return info.bytes

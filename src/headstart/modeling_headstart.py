@@ -1,0 +1,150 @@
+"""A BERT-like encoder with a pooled head, as a transformers model.
+
+This file is copied into every run folder with such a head (the `auto_map` code), so that
+`pipeline("text-classification", RUN, trust_remote_code=True)` works without headstart. It imports nothing of
+headstart for that reason; headstart itself uses this same code.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+def pool(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
+    """Reduce each text's hidden states to vectors.
+
+    Args:
+        hidden_states: L + 1 tensors (batch, length, hidden), the embeddings first.
+        mask: (batch, length), 1 where a token is.
+        layout: `cls` (last layer's first token) or `mean-K` (of layer K over the text's tokens), in order.
+
+    Returns:
+        (batch, len(layout), hidden) fp32, rounded to half precision as features are stored.
+    """
+    weights = mask.unsqueeze(1).to(hidden_states[0].dtype)
+    count = mask.sum(dim=1, keepdim=True).float()
+    vectors = []
+    for name in layout:
+        if name == "cls":
+            vectors.append(hidden_states[-1][:, 0].float())
+        else:
+            total = torch.matmul(weights, hidden_states[int(name.removeprefix("mean-"))]).squeeze(1)
+            vectors.append(total.float() / count)
+    return torch.stack(vectors, dim=1).clamp(-65504, 65504).half().float()
+
+
+class PooledHead(nn.Module):
+    """Standardise, optionally one hidden layer with ReLU and dropout, then a linear layer to logits.
+
+    Args:
+        inputs: width of what it reads.
+        width: of the hidden layer; 0 for none.
+        labels: how many.
+        dropout: probability, in the hidden layer.
+    """
+
+    def __init__(self, inputs: int, width: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.hidden = nn.Linear(inputs, width) if width else None
+        self.dropout = nn.Dropout(dropout if width else 0.0)
+        self.out = nn.Linear(width or inputs, labels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, inputs) features to (batch, labels) logits."""
+        x = (features - self.mean) * self.scale
+        if self.hidden is not None:
+            x = self.dropout(torch.relu(self.hidden(x)))
+        return self.out(x)
+
+
+def pooler_output(body: Any, cls: torch.Tensor) -> torch.Tensor:
+    """An encoder's pooled output from its last layer's first token, (batch, hidden) to (batch, hidden)."""
+    pooler = body.pooler
+    if isinstance(pooler, nn.Linear):  # ALBERT keeps the activation apart
+        return body.pooler_activation(pooler(cls))
+    return pooler(cls.unsqueeze(1))
+
+
+class HeadstartConfig(PretrainedConfig):
+    """Configuration of `HeadstartForSequenceClassification`.
+
+    Args:
+        encoder: the configuration of the encoder, as a dictionary.
+        head_features: what the head reads: `pooler`, `cls` or `mean-K`, in order.
+        head_width: width of its hidden layer; 0 for none.
+        head_dropout: dropout in its hidden layer.
+    """
+
+    model_type = "headstart"
+
+    def __init__(
+        self,
+        encoder: dict[str, Any] | None = None,
+        head_features: Sequence[str] = ("cls",),
+        head_width: int = 0,
+        head_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.encoder = encoder or {"model_type": "bert"}
+        self.head_features = list(head_features)
+        self.head_width = head_width
+        self.head_dropout = head_dropout
+        super().__init__(**kwargs)
+
+
+class HeadstartForSequenceClassification(PreTrainedModel):
+    """An encoder and a pooled head on several layers' means."""
+
+    config_class = HeadstartConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: HeadstartConfig) -> None:
+        super().__init__(config)
+        encoder = AutoConfig.for_model(**config.encoder)
+        self.num_labels = config.num_labels
+        self.encoder = AutoModel.from_config(encoder)
+        if "pooler" not in config.head_features and getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None  # never read, so neither kept nor run
+        inputs = len(config.head_features) * encoder.hidden_size
+        self.head = PooledHead(inputs, config.head_width, config.num_labels, config.head_dropout)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep what the encoder and torch initialised; weights come from a checkpoint or from training."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Token ids (batch, length) and their mask to logits (batch, labels), and a loss where labels are given."""
+        if input_ids is None:
+            raise ValueError("input_ids are needed.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        logits = self.head(self.features(output.hidden_states, attention_mask).flatten(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def features(self, hidden_states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        """What the head reads, (batch, features, hidden)."""
+        names = self.config.head_features
+        pooled = pool(hidden_states, mask, ["cls" if name == "pooler" else name for name in names])
+        if "pooler" not in names:
+            return pooled
+        parts = [
+            pooler_output(self.encoder, pooled[:, i].to(hidden_states[0].dtype)).float()
+            if name == "pooler"
+            else pooled[:, i]
+            for i, name in enumerate(names)
+        ]
+        return torch.stack(parts, dim=1)

@@ -1,0 +1,39 @@
+"""Progress bars on stderr: drawn on a terminal, silent elsewhere. Knows nothing of what is counted."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[int, str], None]
+"""Called with how many more are done and a short note (a loss, say) shown beside the bar."""
+
+
+@contextmanager
+def bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """A bar that counts up to `total`, with rate and time left; None draws a pulse without an end.
+
+    Args:
+        label: what is being done.
+        total: how many there are.
+        unit: what is counted, in the plural.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total, note="", rate="")
+
+        def advance(done: int, note: str = "") -> None:
+            speed = progress.tasks[0].speed
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            progress.update(task, advance=done, note=note, rate=rate)
+
+        yield advance

@@ -1,0 +1,222 @@
+"""Texts to token ids: the tokenizer, length statistics and the padding length, batches of like lengths.
+
+This room knows the `tokenizers` library and arrays of ids; it knows no torch and no model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as FastTokenizer
+
+from headstart.errors import ModelError
+from headstart.progress import bar
+
+CANDIDATE_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+MOST_CUT = 0.005
+"""The advised length cuts at most this share of the texts."""
+
+CHUNK = 2_000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of n texts, ragged, without padding.
+
+    Attributes:
+        ids: (sum of lengths,) int32, special tokens included.
+        offsets: (n + 1,) int64; text i is `ids[offsets[i]:offsets[i + 1]]`.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> NDArray[np.int32]:
+        return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) tokens a text."""
+        return np.diff(self.offsets)
+
+    def take(self, index: NDArray[np.int64]) -> "Tokens":
+        """The texts at `index`, in that order."""
+        return _ragged([self[i] for i in index.tolist()])
+
+    def padded(self, index: NDArray[np.int64], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The texts at `index` as (batch, longest) int64 ids, padded on the right, and their 0/1 mask."""
+        lengths = self.lengths[index]
+        mask = np.arange(int(lengths.max())) < lengths[:, None]
+        ids = np.full(mask.shape, pad_id, dtype=np.int64)
+        ids[mask] = np.concatenate([self[i] for i in index.tolist()])
+        return ids, mask.astype(np.int64)
+
+
+def _ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
+    offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
+    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+    ids = np.concatenate(pieces) if pieces else np.empty(0)
+    return Tokens(ids.astype(np.int32, copy=False), offsets)
+
+
+class Tokenizer:
+    """A model's fast tokenizer, with truncation kept apart so that full lengths are known first.
+
+    Args:
+        fast: the tokenizer, as in `tokenizer.json`.
+        pad_id: the id that fills short texts.
+    """
+
+    def __init__(self, fast: FastTokenizer, pad_id: int) -> None:
+        fast.no_padding()
+        fast.no_truncation()
+        self.fast = fast
+        self.pad_id = pad_id
+        probe = fast.encode("a")
+        special = np.array(probe.special_tokens_mask, dtype=bool)
+        content = np.flatnonzero(~special)
+        first, last = (int(content[0]), int(content[-1]) + 1) if len(content) else (1, len(special) - 1)
+        self.prefix = np.array(probe.ids[:first], dtype=np.int32)
+        self.suffix = np.array(probe.ids[last:], dtype=np.int32)
+
+    @classmethod
+    def from_folder(cls, folder: Path, pad_id: int) -> "Tokenizer":
+        """The tokenizer of a saved model.
+
+        Raises:
+            ModelError: the folder has no readable tokenizer.json.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"{folder}: has no tokenizer.json.")
+        try:
+            return cls(FastTokenizer.from_file(str(path)), pad_id)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{path}: is not a readable tokenizer ({error}).") from error
+
+    def __call__(self, texts: Sequence[str], *, progress: str | None = None) -> Tokens:
+        """All tokens of each text, special ones included, however long.
+
+        Args:
+            texts: n texts.
+            progress: the label of a progress bar, for long lists.
+        """
+        if progress is None or len(texts) <= CHUNK:
+            return _ragged([np.array(one.ids, dtype=np.int32) for one in self.fast.encode_batch_fast(list(texts))])
+        pieces: list[NDArray[np.int32]] = []
+        with bar(progress, len(texts), "texts") as advance:
+            for start in range(0, len(texts), CHUNK):
+                encoded = self.fast.encode_batch_fast(list(texts[start : start + CHUNK]))
+                pieces.extend(np.array(one.ids, dtype=np.int32) for one in encoded)
+                advance(len(encoded), "")
+        return _ragged(pieces)
+
+    def truncate(self, tokens: Tokens, max_length: int) -> Tokens:
+        """Each text cut to `max_length` tokens, closing special tokens kept, as `tokenizers` truncates."""
+        if not (tokens.lengths > max_length).any():
+            return tokens
+        keep = max_length - len(self.suffix)
+        return _ragged(
+            [
+                np.concatenate([tokens[i][:keep], self.suffix]) if length > max_length else tokens[i]
+                for i, length in enumerate(tokens.lengths.tolist())
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one max_length would do to the texts.
+
+    Attributes:
+        max_length: tokens kept of a text.
+        cut: share of the texts that lose their end.
+        cost: encoder FLOPs relative to cutting nothing.
+    """
+
+    max_length: int
+    cut: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class LengthAdvice:
+    """Token lengths of a table and the max_length they suggest.
+
+    Attributes:
+        lengths: (n,) tokens a text, special ones included.
+        quantiles: level -> tokens.
+        candidates: the lengths considered, shortest first.
+        advised: one of the candidates' max_length.
+        reason: why, in a sentence.
+    """
+
+    lengths: NDArray[np.int64]
+    quantiles: dict[float, int]
+    candidates: tuple[Candidate, ...]
+    advised: int
+    reason: str
+
+
+def encoder_cost(lengths: NDArray[np.int64], hidden: int) -> float:
+    """Relative FLOPs of encoding texts: 24·d²·s in the matrix products and 4·d·s² in attention, over 24·d².
+
+    From the usual count of 2 FLOPs a multiply-add with a 4·d wide feed-forward layer (Kaplan et al. 2020, table 1).
+    """
+    s = lengths.astype(np.float64)
+    return float((s + s**2 / (6 * hidden)).sum())
+
+
+def advise_length(lengths: NDArray[np.int64], *, limit: int, hidden: int = 768) -> LengthAdvice:
+    """The shortest usual length that cuts at most 0.5% of the texts, or the model's limit.
+
+    Args:
+        lengths: (n,) tokens a text.
+        limit: the most tokens the model takes.
+        hidden: the encoder's width, for the relative cost.
+    """
+    longest = int(lengths.max())
+    usual = [length for length in CANDIDATE_LENGTHS if length < limit]
+    shown = [length for length in usual if length < longest]
+    shown += [next((length for length in usual if length >= longest), limit)]
+    whole = encoder_cost(lengths, hidden)
+    candidates = tuple(
+        Candidate(length, float((lengths > length).mean()), encoder_cost(np.minimum(lengths, length), hidden) / whole)
+        for length in shown
+    )
+    best = next((one for one in candidates if one.cut <= MOST_CUT), candidates[-1])
+    if best.cut > MOST_CUT:
+        reason = f"the most this model takes; {best.cut:.1%} of the texts are cut, the longest has {longest:,} tokens"
+    elif best.cut > 0:
+        reason = f"the shortest usual length that cuts at most {MOST_CUT:.1%} of the texts ({best.cut:.2%} are cut)"
+    else:
+        reason = f"no text is cut, the longest has {longest:,} tokens"
+    levels = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+    found = np.quantile(lengths, levels, method="higher")
+    quantiles = {level: int(value) for level, value in zip(levels, found, strict=True)}
+    return LengthAdvice(lengths, quantiles, candidates, best.max_length, reason)
+
+
+def like_length_batches(
+    lengths: NDArray[np.int64], *, most_tokens: int, most_texts: int | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Indexes of texts in batches of like length, the longest first, so that little padding is computed.
+
+    Args:
+        lengths: (n,) tokens a text.
+        most_tokens: no batch is larger than this when padded, unless one text is.
+        most_texts: no batch has more texts than this.
+    """
+    order = np.argsort(-lengths, kind="stable").astype(np.int64)
+    start = 0
+    while start < len(order):
+        size = max(1, most_tokens // max(1, int(lengths[order[start]])))
+        if most_texts is not None:
+            size = min(size, most_texts)
+        yield order[start : start + size]
+        start += size

@@ -1,0 +1,186 @@
+"""The one training loop: over batches of anything a model takes, stored features or tokens.
+
+This room knows torch's optimisers. It knows nothing of files, tables, or what the inputs mean.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from headstart.config import ClassWeight
+
+Validate = Callable[[nn.Module], tuple[float, float]]
+"""Called after each epoch with the model in eval mode; returns the mean loss and the accuracy."""
+
+
+class Batches(Protocol):
+    """What the loop trains on."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+
+    def epoch(self, number: int) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Pairs of model inputs and (batch,) labels, in an order that depends on the seed and `number` alone."""
+
+
+@dataclass(frozen=True)
+class FeatureBatches:
+    """Batches of stored features, in memory.
+
+    Attributes:
+        values: (n, d) fp32.
+        labels: (n,) int64.
+        batch_size: texts a batch; the last may be smaller.
+        seed: with the epoch's number, decides the order.
+    """
+
+    values: torch.Tensor
+    labels: torch.Tensor
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Shuffled batches."""
+        generator = torch.Generator().manual_seed((self.seed << 20) + number)
+        order = torch.randperm(len(self.labels), generator=generator)
+        for index in order.split(self.batch_size):
+            yield self.values[index], self.labels[index]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how hard to train.
+
+    Attributes:
+        epochs: at most.
+        lr: AdamW's learning rate.
+        weight_decay: AdamW's.
+        clip_norm: largest gradient norm.
+        patience: stop after this many epochs without a lower validation loss; None: never.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    clip_norm: float = 1.0
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's record; losses are class-weighted means, seconds are wall seconds."""
+
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """All epochs, which one's weights were kept (counted from 0), and whether Ctrl-C ended it."""
+
+    epochs: tuple[Epoch, ...]
+    best: int
+    interrupted: bool = False
+
+
+def class_weights(labels: NDArray[np.int64], classes: int, kind: ClassWeight) -> torch.Tensor:
+    """(classes,) fp32 weights in the loss; `balanced` is scikit-learn's n / (classes * count).
+
+    A class without rows (possible where a split was given) weighs 1: it is never a target.
+    """
+    if kind == "none":
+        return torch.ones(classes)
+    from sklearn.utils.class_weight import compute_class_weight
+
+    present = np.unique(labels)
+    weights = torch.ones(classes)
+    balanced = compute_class_weight("balanced", classes=present, y=labels)
+    weights[torch.from_numpy(present)] = torch.tensor(balanced, dtype=torch.float32)
+    return weights
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    validate: Validate,
+    schedule: Schedule,
+    weights: torch.Tensor,
+    on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
+) -> History:
+    """Train `model` with AdamW on cross-entropy and leave it with the weights of its best epoch.
+
+    Best is the lowest validation loss. Cross-entropy is LogSoftmax followed by the negative log likelihood, so a
+    head that ends in LogSoftmax and one that gives logits train alike. The loss of a batch is the mean weighted
+    by `weights`.
+
+    Args:
+        model: gives (batch, classes) logits; its parameters that require gradients are trained.
+        batches: what to train on.
+        validate: see `Validate`.
+        schedule: see `Schedule`.
+        weights: (classes,) weights in the loss.
+        on_epoch: called after each epoch with its number and record; training stops when it returns true.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+    loss_of = nn.CrossEntropyLoss(weight=weights)
+    epochs: list[Epoch] = []
+    best = 0
+    best_state = copy.deepcopy(model.state_dict())
+    interrupted = False
+    for number in range(schedule.epochs):
+        started = time.perf_counter()
+        try:
+            train_loss = _one_epoch(model, batches.epoch(number), optimizer, loss_of, schedule.clip_norm)
+        except KeyboardInterrupt:
+            if not epochs:
+                raise  # nothing to keep yet
+            interrupted = True
+            break
+        model.eval()
+        with torch.inference_mode():
+            validation_loss, accuracy = validate(model)
+        seconds = time.perf_counter() - started
+        epochs.append(Epoch(train_loss, validation_loss, accuracy, seconds))
+        stop = on_epoch(number, epochs[-1])
+        if number == 0 or validation_loss < epochs[best].validation_loss:
+            best = number
+            best_state = copy.deepcopy(model.state_dict())
+        if stop or (schedule.patience is not None and number - best >= schedule.patience):
+            break
+    model.load_state_dict(best_state)
+    model.eval()
+    return History(tuple(epochs), best, interrupted)
+
+
+def _one_epoch(
+    model: nn.Module,
+    batches: Iterator[tuple[Any, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    loss_of: nn.Module,
+    clip_norm: float,
+) -> float:
+    model.train()
+    losses = []
+    parameters = optimizer.param_groups[0]["params"]
+    for inputs, labels in batches:
+        loss = loss_of(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
