@@ -15,12 +15,12 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m headstart.cli_docs --check docs/cli.md
+	$(BIN)/python docs/generate_cli.py --check docs/cli.md
 
 fix: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python -m headstart.cli_docs docs/cli.md
+	$(BIN)/python docs/generate_cli.py docs/cli.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

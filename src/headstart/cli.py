@@ -77,8 +77,7 @@ def train(
         float | None, typer.Option("--lr", "--learning-rate", metavar="X", help="AdamW's learning rate.")
     ] = None,
     max_length: Annotated[
-        str | None,
-        typer.Option("--max-length", "--max-seq-length", metavar="auto|N", help="Tokens kept of a text."),
+        str | None, typer.Option("--max-length", "--max-seq-length", metavar="auto|N", help="Tokens kept of a text.")
     ] = None,
     class_weight: Annotated[
         ClassWeight | None, typer.Option("--class-weight", help="How classes count in the loss.")

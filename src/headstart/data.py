@@ -25,10 +25,7 @@ from numpy.typing import NDArray
 from headstart.config import MIN_ROWS
 from headstart.errors import DataError
 
-USUAL_COLUMNS = {
-    "text": ("sentence", "text", "review", "content"),
-    "label": ("label", "labels", "target", "sentiment"),
-}
+USUAL_COLUMNS = {"text": ("sentence", "text", "review", "content"), "label": ("label", "labels", "target", "sentiment")}
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 MOST_ROWS_NAMED = 8
 Duplicates = Literal["together", "as they fall"]
@@ -531,12 +528,7 @@ def _duplicates(source: str, kept: list[tuple[int, str, str]]) -> Iterator[str]:
 
 
 def split(
-    dataset: Dataset,
-    validation: Dataset | None,
-    test: Dataset | None,
-    *,
-    seed: int,
-    duplicates: Duplicates,
+    dataset: Dataset, validation: Dataset | None, test: Dataset | None, *, seed: int, duplicates: Duplicates
 ) -> Splits:
     """Train, validation and test parts: 70:15:15 as the article does it, or the tables given.
 

@@ -24,11 +24,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_predictions(
-    path: Path,
-    texts: Sequence[str],
-    truth: NDArray[np.int64],
-    probabilities: NDArray[np.float64],
-    names: Sequence[str],
+    path: Path, texts: Sequence[str], truth: NDArray[np.int64], probabilities: NDArray[np.float64], names: Sequence[str]
 ) -> None:
     """`predictions.csv`: the test rows with their label, prediction, confidence and all probabilities."""
     predicted = probabilities.argmax(axis=1)

@@ -1,0 +1,79 @@
+"""The layout itself: each room imports only rooms above it, and nothing heavy happens at import."""
+
+import ast
+from pathlib import Path
+
+import headstart
+
+SOURCE = Path(headstart.__file__).parent
+
+ROOMS = (
+    "errors",
+    "config",
+    "progress",
+    "data",
+    "tokens",
+    "modeling_headstart",
+    "encoder",
+    "features",
+    "model",
+    "train",
+    "trials",
+    "predict",
+    "metrics",
+    "report",
+    "run",
+    "__init__",
+    "cli",
+)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The headstart modules that a file imports, at its top or inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "headstart":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("headstart."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("headstart.")}
+    return found
+
+
+def test_every_file_is_a_listed_room() -> None:
+    assert {path.stem for path in SOURCE.glob("*.py")} == set(ROOMS)
+
+
+def test_rooms_import_only_rooms_above_them() -> None:
+    seen_any = False
+    for place, room in enumerate(ROOMS):
+        above = set(ROOMS[:place])
+        imports = imported_rooms(SOURCE / f"{room}.py")
+        seen_any |= bool(imports)
+        assert imports <= above, f"{room} imports {sorted(imports - above)}, which stand below it"
+    assert seen_any
+
+
+def test_every_room_says_what_it_knows() -> None:
+    for room in ROOMS:
+        docstring = ast.get_docstring(ast.parse((SOURCE / f"{room}.py").read_text(encoding="utf-8")))
+        assert docstring, room
+        assert len(docstring.split()) >= 10, room
+
+
+def test_every_room_has_a_test_file() -> None:
+    tests = Path(__file__).parent
+    for room in ROOMS:
+        if room != "__init__":
+            assert (tests / f"test_{room}.py").is_file(), room
+
+
+def test_the_public_surface() -> None:
+    assert headstart.__all__ == ["load", "train"]
+    assert all(callable(getattr(headstart, name)) for name in headstart.__all__)
+
+
+def test_the_source_stays_within_its_budget() -> None:
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py"))
+    assert lines < 4500
