@@ -4,15 +4,13 @@ import csv
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
-
-FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
 
 NOUNS = ("film", "hotel", "soup", "phone", "app", "waiter", "room", "story", "battery", "service")
 GOOD = ("superb", "lovely", "great", "charming")
@@ -164,7 +162,7 @@ def tiny_bert(tiny_models: Callable[[str], Path]) -> Path:
 # --- tables
 
 
-def write_csv(path: Path, rows: "Iterator[tuple[str, ...]] | tuple[tuple[str, ...], ...]", *header: str) -> Path:
+def write_csv(path: Path, rows: Iterable[Sequence[str]], *header: str) -> Path:
     """Write rows under a header (`sentence,label` unless given), quoted where needed."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(itertools.chain([header or ("sentence", "label")], rows))
