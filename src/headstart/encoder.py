@@ -144,9 +144,14 @@ def _from_hub(model: str) -> Path:
     return folder
 
 
-@functools.cache
 def file_sha256(path: Path) -> str:
-    """The hex sha256 of a file."""
+    """The hex sha256 of a file, read again only when the file has changed."""
+    stat = path.stat()
+    return _sha256(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.cache
+def _sha256(path: Path, version: tuple[int, ...]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -160,7 +165,7 @@ def load_tokenizer(folder: Path) -> tuple[Any, Tokenizer]:
     from transformers import AutoTokenizer
 
     try:
-        hf = AutoTokenizer.from_pretrained(folder)
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise ModelError(f"{folder}: its tokenizer cannot be read ({_short(error)}).") from error
     if not hf.is_fast:

@@ -327,7 +327,7 @@ def load_run(run: str | Path) -> Classifier:
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error

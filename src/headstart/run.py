@@ -426,7 +426,7 @@ def lengths(source: str, model: str, text: str | None = None) -> LengthAdvice:
     folder = locate(model)
     from transformers import AutoConfig
 
-    shape = AutoConfig.from_pretrained(folder)
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _, tokenizer = load_tokenizer(folder)
     tokens = tokenizer(texts, progress="tokenizing")
     return advise_length(tokens.lengths, limit=length_limit(shape), hidden=int(shape.hidden_size))
