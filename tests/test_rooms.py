@@ -14,6 +14,7 @@ ROOMS = (
     "data",
     "tokens",
     "modeling_headstart",
+    "engine",
     "encoder",
     "features",
     "model",

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
+from headstart.engine import Engine, supports
 from headstart.errors import ModelError
 from headstart.modeling_headstart import pool
 from headstart.tokens import Tokenizer, Tokens, like_length_batches
@@ -184,6 +185,7 @@ class Encoder:
         source: what the person called it.
         folder: where it was loaded from.
         placement: device and precision.
+        engine: our own frozen pass, where it knows the architecture.
         has_pooler: whether the checkpoint has trained pooler weights.
         fingerprint: changes with anything that changes the encoder's answers: weights, shape, format.
     """
@@ -194,6 +196,7 @@ class Encoder:
     source: str
     folder: Path
     placement: Placement
+    engine: Engine | None
     has_pooler: bool
     fingerprint: str
 
@@ -234,12 +237,14 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
     folder = locate(model)
     body, missing = load_body(folder, placement)
     hf_tokenizer, tokenizer = load_tokenizer(folder)
+    shape = body.config.to_dict()
+    engine = Engine(shape, body.state_dict(), placement.device, placement.dtype) if supports(shape) else None
     has_pooler = getattr(body, "pooler", None) is not None and not any("pooler" in name for name in missing)
     parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
     parts += [json.dumps(body.config.to_diff_dict(), sort_keys=True, default=str), placement.precision]
-    parts += [placement.device.type, torch.__version__]
+    parts += [placement.device.type, torch.__version__, "transformers" if engine is None else "engine 1"]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    return Encoder(body, hf_tokenizer, tokenizer, model, folder, placement, has_pooler, fingerprint)
+    return Encoder(body, hf_tokenizer, tokenizer, model, folder, placement, engine, has_pooler, fingerprint)
 
 
 def load_body(folder: Path, placement: Placement) -> tuple[Any, set[str]]:
@@ -308,6 +313,13 @@ def stored_layout(encoder: Encoder) -> tuple[str, ...]:
     return ("cls", *(f"mean-{layer}" for layer in kept))
 
 
+def _forward(encoder: Encoder, ids: torch.Tensor, mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
+    if encoder.engine is not None:
+        return encoder.engine(ids, mask, layout)
+    output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    return pool(output.hidden_states, mask, layout)
+
+
 def encode(
     encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_tokens: int = 2048
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float16]]]:
@@ -328,8 +340,5 @@ def encode(
         ids, mask = tokens.padded(index, encoder.tokenizer.pad_id)
         attention_mask = torch.from_numpy(mask).to(device)
         with torch.inference_mode():
-            output = encoder.model(
-                input_ids=torch.from_numpy(ids).to(device), attention_mask=attention_mask, output_hidden_states=True
-            )
-            features = pool(output.hidden_states, attention_mask, layout)
+            features = _forward(encoder, torch.from_numpy(ids).to(device), attention_mask, layout)
         yield index, features.to("cpu", torch.float16).numpy()
