@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={
         "help_option_names": ["-h", "--help"],
         # Each long option may be written with underscores, as Hugging Face's scripts do.
-        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("--") else token,
+        "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
 cache = typer.Typer(help="What headstart keeps between runs.", no_args_is_help=True, rich_markup_mode=None)
@@ -97,7 +97,7 @@ def train(
     """Train a classifier on DATA, test it once, and write a run folder."""
     given = {name: value for name, value in locals().items() if name not in ("data", "recipe")}
     given["label_names"] = tuple(label_names.split(",")) if label_names is not None else None
-    given["max_length"] = whole_number("--max-length", max_length, otherwise="auto")
+    given["max_length"] = whole_number("--max-length", max_length, "auto")
     train_and_print(data, recipe, given)
 
 
@@ -109,7 +109,7 @@ def train_and_print(data: str, recipe: Recipe, given: dict[str, Any]) -> None:
     result = run.train(settings(data, recipe, **given), started=process_started())
     for notice in result.notices:
         note(notice)
-    typer.echo(result.summary())
+    say(result.summary())
     if result.interrupted:
         raise StoppedEarlyError("Ctrl-C: training ended early; the best head so far was tested and saved.")
 
@@ -130,7 +130,7 @@ def evaluate(
     result = evaluate_on(predict.load(run, device=device, precision=precision), data, text, label)
     for notice in result.notices:
         note(notice)
-    typer.echo(report.evaluation_text(result.numbers, result.report))
+    say(report.evaluation_text(result.numbers, result.report))
 
 
 @app.command("predict")
@@ -179,7 +179,7 @@ def print_labels(predictor: Any, texts: list[str] | None) -> int:
     at_once = 1 if sys.stdin.isatty() else 1024
     cut = 0
     for answer in label_lines(predictor, lines, at_once):
-        typer.echo(f"{answer.label}\t{answer.confidence:.3f}\t{printable(answer.text)}")
+        say(f"{answer.label}\t{answer.confidence:.3f}\t{answer.text}".replace("\n", " "))
         cut += answer.cut
     return cut
 
@@ -201,8 +201,8 @@ def lengths(
     advice = lengths_of(data, model or "minilm", text)
     picture = Path(png or f"{default_name(data)}-lengths.png")
     report.save_histogram(advice, picture)
-    typer.echo(report.lengths_text(advice))
-    typer.echo(f"Histogram: {picture}")
+    say(report.lengths_text(advice))
+    say(f"Histogram: {picture}")
 
 
 @cache.command("info")
@@ -211,9 +211,9 @@ def cache_info() -> None:
     from headstart.features import cache_info as info
 
     found = info()
-    typer.echo(f"Folder    {found.folder}")
-    typer.echo(f"Features  {found.texts:,} texts from {found.shelves} encoder{'' if found.shelves == 1 else 's'}")
-    typer.echo(f"Size      {found.bytes / 1e6:,.1f} MB of at most {found.max_bytes / 1e6:,.0f} MB")
+    say(f"Folder    {found.folder}")
+    say(f"Features  {found.texts:,} texts from {found.shelves} encoder{'' if found.shelves == 1 else 's'}")
+    say(f"Size      {found.bytes / 1e6:,.1f} MB of at most {found.max_bytes / 1e6:,.0f} MB")
 
 
 @cache.command("clear")
@@ -221,7 +221,7 @@ def cache_clear() -> None:
     """Delete every stored feature."""
     from headstart.features import clear_cache
 
-    typer.echo(f"Freed {clear_cache() / 1e6:,.1f} MB.")
+    say(f"Freed {clear_cache() / 1e6:,.1f} MB.")
 
 
 DEMO_TEXTS = (
@@ -236,24 +236,24 @@ def demo(
     out: Annotated[str, typer.Option("--out", "--output-dir", metavar="DIR", help="The run folder.")] = "runs/demo",
 ) -> None:
     """Train on the sample set, test, and label three sentences; no network is needed."""
-    typer.echo("$ headstart train sample")
+    say("$ headstart train sample")
     train_and_print("sample", "headstart", {"out": out, "overwrite": True})
-    typer.echo(f'\n$ headstart predict {out} "…" "…" "…"')
+    say(f'\n$ headstart predict {out} "…" "…" "…"')
     from headstart import predict
 
     print_labels(predict.load(out), list(DEMO_TEXTS))
 
 
-def whole_number(option: str, value: str | None, *, otherwise: Literal["auto"]) -> int | None:
-    """An option that takes a whole number or a word; the word and nothing give None.
+def whole_number(option: str, value: str | None, word: Literal["auto"]) -> int | Literal["auto"] | None:
+    """The value of an option that takes a whole number or a word; None where it was not given.
 
     Raises:
         InputError: neither.
     """
-    if value is None or value == otherwise:
-        return None
-    if not value.isdigit():
-        raise InputError(f"{option} takes {otherwise} or a whole number, not {value!r}.")
+    if value is None or value == word:
+        return word if value else None
+    if not value.isdecimal():
+        raise InputError(f"{option} takes {word} or a whole number, not {value!r}.")
     return int(value)
 
 
@@ -262,6 +262,12 @@ def process_started() -> float:
     import psutil
 
     return float(psutil.Process().create_time())
+
+
+def say(text: str) -> None:
+    """Print a result on stdout, a line at a time; what a table holds cannot drive the terminal."""
+    for line in text.split("\n"):
+        typer.echo(printable(line))
 
 
 def note(message: str) -> None:

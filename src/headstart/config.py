@@ -143,7 +143,8 @@ def settings(data: str, recipe: Recipe = "headstart", **given: Any) -> TrainConf
     Args:
         data: the table to learn from.
         recipe: a key of `RECIPES`.
-        given: fields of `TrainConfig`; None counts as not given.
+        given: fields of `TrainConfig`; None counts as not given. `max_length="auto"` is the advised length, where
+            a recipe has another.
 
     Raises:
         InputError: an unknown recipe or setting, or a value out of range.
@@ -154,4 +155,6 @@ def settings(data: str, recipe: Recipe = "headstart", **given: Any) -> TrainConf
     if unknown := sorted(set(given) - known):
         raise InputError(f"There is no setting {unknown[0]!r}. The settings are: {', '.join(sorted(known))}.")
     chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("max_length") == "auto":
+        chosen["max_length"] = None
     return TrainConfig(data=data, recipe=recipe, **{**RECIPES[recipe], **chosen})

@@ -9,6 +9,8 @@ import csv
 import difflib
 import gzip
 import importlib.resources
+import io
+import json
 import re
 import sys
 import zlib
@@ -42,6 +44,7 @@ class Dataset:
         rows: (n,) int64 row numbers in the file, as a spreadsheet counts them.
         notices: what was found and mended while reading, one sentence each.
         columns: the columns that the texts and the labels came from.
+        source: the file, for messages.
     """
 
     texts: list[str]
@@ -50,6 +53,7 @@ class Dataset:
     rows: NDArray[np.int64]
     notices: tuple[str, ...] = ()
     columns: tuple[str, str] = ("sentence", "label")
+    source: str = "the table"
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -100,16 +104,16 @@ def check_readable(source: str) -> None:
         DataError: no such file, a folder, empty, binary, or text that is not UTF-8 (names the byte and the row).
     """
     path = Path(source)
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"{source}: no such file.{hint}")
-    if path.is_dir():
-        tables = [name for name in _names_beside(path / "x") if name.lower().endswith(FORMATS)]
-        hint = f" It holds {', '.join(sorted(tables)[:3])}." if tables else ""
-        raise DataError(f"{source}: is a folder; give a file in it.{hint}")
-    ending = file_format(source)
     with reading(source):
+        if not path.exists():
+            near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+            hint = f" Did you mean {near[0]}?" if near else " Check the path."
+            raise DataError(f"{source}: no such file.{hint}")
+        if path.is_dir():
+            tables = [name for name in _names_beside(path / "x") if name.lower().removesuffix(".gz").endswith(FORMATS)]
+            hint = f" It holds {', '.join(sorted(tables)[:3])}." if tables else ""
+            raise DataError(f"{source}: is a folder; give a file in it.{hint}")
+        ending = file_format(source)
         if path.stat().st_size == 0:
             raise DataError(f"{source}: the file is empty.")
         if ending != ".parquet":
@@ -183,19 +187,42 @@ def _looks_utf16(head: bytes) -> bool:
 def detect_delimiter(source: str) -> str:
     """The delimiter of a delimited file: the one that makes most known columns of the header, or most columns.
 
-    Reads the first line only; `.tsv` is tabs.
+    Reads the header only; `.tsv` is tabs.
     """
     if file_format(source) == ".tsv":
         return "\t"
-    with _open_bytes(source) as file:
-        header = file.readline(1 << 20).decode("utf-8-sig", errors="replace")
+    header = header_line(source)
 
     def fitness(delimiter: str) -> tuple[int, int]:
-        cells = next(csv.reader([header], delimiter=delimiter), [])
-        known = sum(clean_name(cell).lower() in USUAL_COLUMNS["text"] + USUAL_COLUMNS["label"] for cell in cells)
+        cells = cells_of(header, delimiter)
+        known = sum(cell.lower() in USUAL_COLUMNS["text"] + USUAL_COLUMNS["label"] for cell in cells)
         return known, len(cells)
 
     return max(",;\t|", key=fitness)
+
+
+def header_line(source: str) -> str:
+    """The first line of a delimited file that is not empty.
+
+    Raises:
+        DataError: lines end in a carriage return alone, so that there is only one.
+    """
+    with _open_bytes(source) as file:
+        line = b"\n"
+        while line.strip(b"\r\n") == b"" != line:
+            line = file.readline(1 << 20)
+    header = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    if "\r" in header:
+        raise DataError(
+            f"{source}: its lines end as on an old Mac (in a carriage return alone). Save it with other line ends, "
+            f"for example with: tr '\\r' '\\n' < {Path(source).name} > lines-{Path(source).name}"
+        )
+    return header
+
+
+def cells_of(header: str, delimiter: str) -> list[str]:
+    """The clean cells of a header line."""
+    return [clean_name(cell) for cell in next(csv.reader([header], delimiter=delimiter), [])]
 
 
 def clean_name(name: str) -> str:
@@ -219,19 +246,39 @@ def scan(source: str) -> pl.LazyFrame:
     ending = file_format(source)
     with parsing(source):
         if is_delimited(source):
-            frame = pl.scan_csv(source, separator=detect_delimiter(source), infer_schema=False)
+            # Brackets and stars in a path are its name, not a pattern.
+            frame = pl.scan_csv(source, separator=detect_delimiter(source), infer_schema=False, glob=False)
         elif ending in (".jsonl", ".ndjson"):
-            frame = pl.scan_ndjson(source, infer_schema_length=None)
+            frame = pl.scan_ndjson(_json_lines(source), infer_schema_length=None)
         elif ending == ".json":
             with _open_bytes(source) as file:
                 frame = pl.read_json(file.read(), infer_schema_length=None).lazy()
+        elif source.lower().endswith(".gz"):
+            with _open_bytes(source) as file, reading(source):
+                frame = pl.read_parquet(file.read()).lazy()
         else:
-            frame = pl.scan_parquet(source)
+            frame = pl.scan_parquet(source, glob=False)
         columns = frame.collect_schema().names()
     clean = [clean_name(column) for column in columns]
-    if repeated := sorted({name for name in clean if clean.count(name) > 1}):
+    # polars renames a repeated column, so the header itself is asked.
+    names = cells_of(header_line(source), detect_delimiter(source)) if is_delimited(source) else clean
+    if repeated := sorted({name for name in names if name and names.count(name) > 1}):
         raise DataError(f"{source}: the column {repeated[0]!r} appears twice. Rename one of them.")
     return frame.rename(dict(zip(columns, clean, strict=True)))
+
+
+def _json_lines(source: str) -> str | BinaryIO:
+    """What polars shall scan: the path, or the open file where polars would stumble over its mark or its name."""
+    if source.startswith("hf://"):
+        return source
+    with _open_bytes(source) as file:
+        marked = file.read(3) == codecs.BOM_UTF8
+    if not marked and not set(source) & set("*?["):
+        return source
+    lines = _open_bytes(source)
+    if marked:
+        lines.read(3)
+    return lines
 
 
 @contextmanager
@@ -252,9 +299,10 @@ def parsing(source: str) -> Iterator[None]:
             ) from error
         if is_delimited(source) and (ragged := ragged_rows(source)):
             raise DataError(ragged) from error
-        quotes = " Look for a quote that is opened and never closed." if is_delimited(source) else ""
+        if file_format(source) in (".jsonl", ".ndjson", ".json") and (broken := broken_json(source)):
+            raise DataError(broken) from error
         raise DataError(
-            f"{source}: is not a whole {file_format(source)} table ({_first_line(error)}).{quotes}"
+            f"{source}: is not a whole {file_format(source)} table ({_first_line(error)}). Export it again."
         ) from error
 
 
@@ -265,21 +313,61 @@ def _first_line(error: Exception) -> str:
 def ragged_rows(source: str) -> list[str]:
     """One sentence for each way in which rows have another number of fields than the header; else empty."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    expected = 0
+    expected = last = 0
     wrong: dict[int, list[int]] = {}
-    with _open_bytes(source) as file:
-        lines = codecs.getreader("utf-8-sig")(file)
-        for row, cells in enumerate(csv.reader(lines, delimiter=detect_delimiter(source)), start=1):
-            if row == 1:
-                expected = len(cells)
-            elif cells and len(cells) != expected:
-                wrong.setdefault(len(cells), []).append(row)
-    return [
+    record: list[str] = []
+    for row, cells in enumerate(csv.reader(_lines(source, record), delimiter=detect_delimiter(source)), start=1):
+        if cells and not expected:
+            expected = len(cells)
+        elif cells and len(cells) != expected:
+            wrong.setdefault(len(cells), []).append(row)
+        last, quotes = row, sum(line.count('"') for line in record)
+        record.clear()
+    problems = []
+    if last and quotes % 2 and "\n" in cells[-1]:
+        problems.append(f"{source}: row {last} opens a quote that is never closed. Close it, or double it.")
+        wrong = {count: rows for count, found in wrong.items() if (rows := [row for row in found if row != last])}
+    return problems + [
         f"{source}: {name_rows(rows)} {'has' if len(rows) == 1 else 'have'} {count} "
         f"field{'s' if count != 1 else ''} where the header has {expected}. "
         + ("Put quotes around texts that hold the delimiter." if count > expected else "Fill in what is missing.")
         for count, rows in sorted(wrong.items())
     ]
+
+
+def _lines(source: str, record: list[str]) -> Iterator[str]:
+    """Lines as polars sees them, ended by a line feed alone; each is also appended to `record`."""
+    with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as lines:
+        for line in lines:
+            record.append(line.rstrip("\r\n").replace("\r", " ") + "\n")
+            yield record[-1]
+
+
+def broken_json(source: str) -> list[str]:
+    """One sentence on the rows of a JSON table that are no records, or on where it stops being JSON; else empty."""
+    with _open_bytes(source) as file:
+        if file_format(source) == ".json":
+            try:
+                records = json.loads(file.read())
+            except (ValueError, RecursionError) as error:
+                where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+                return [f"{source}: is not whole JSON{where}. Mend it there, or export it again."]
+            rows = (
+                [i for i, one in enumerate(records, start=1) if not isinstance(one, dict)]
+                if isinstance(records, list)
+                else []
+            )
+        else:
+            rows = [i for i, line in enumerate(file, start=1) if line.strip() and not _is_record(line)]
+    what = "is no record" if len(rows) == 1 else "are no records"
+    return [f'{source}: {name_rows(rows)} {what} like {{"sentence": "…", "label": "…"}}.'] if rows else []
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.removeprefix(codecs.BOM_UTF8)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def name_rows(rows: Sequence[int]) -> str:
@@ -324,11 +412,13 @@ def find_column(source: str, columns: Sequence[str], wanted: str | None, role: s
             f"{source}: {' and '.join(repr(name) for name in candidates)} could both be the {role} column; "
             f"choose one with {option} COLUMN."
         )
+    others = [name for names in USUAL_COLUMNS.values() for name in names]  # each says what it is
     near = [
         column
         for column in columns
         for name in usual
-        if difflib.SequenceMatcher(None, column.lower(), name).ratio() > 0.7 or name in column.lower()
+        if (difflib.SequenceMatcher(None, column.lower(), name).ratio() > 0.7 or name in column.lower())
+        and column.lower() not in others
     ]
     hint = f"Try {option} {near[0]}." if near else f"Name it with {option} COLUMN."
     if any(len(column.split()) > 3 or column.isdigit() for column in columns):
@@ -339,7 +429,7 @@ def find_column(source: str, columns: Sequence[str], wanted: str | None, role: s
 def label_texts(column: pl.Series) -> list[str | None]:
     """Each label as its name, None where blank: whole numbers lose `.0` and leading zeros, strings their spaces."""
     if column.dtype.is_float():
-        values = column.to_list()
+        values = column.fill_nan(None).to_list()
         whole = all(value is None or float(value).is_integer() for value in values)
         return [None if value is None else str(int(value)) if whole else str(value) for value in values]
     strings = column.cast(pl.String).str.strip_chars()
@@ -352,9 +442,14 @@ def label_texts(column: pl.Series) -> list[str | None]:
 
 def label_order(labels: set[str]) -> tuple[str, ...]:
     """All labels in the one order used everywhere: numbers numerically, strings lexically."""
-    if all(re.fullmatch(r"-?\d+", label) for label in labels):
-        return tuple(sorted(labels, key=int))
+    if all(re.fullmatch(r"-?\d{1,4000}", label) for label in labels):  # Python reads no longer numbers
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))
+
+
+def shown(label: str) -> str:
+    """A label as messages quote it."""
+    return repr(label if len(label) <= 40 else label[:39] + "…")
 
 
 def text_key(text: str) -> str:
@@ -427,7 +522,7 @@ def read_columns(path: str, wanted: Mapping[str, str | None]) -> tuple[pl.DataFr
         except DataError as error:
             problems.extend(error.problems)
     if problems:
-        raise DataError(problems)
+        raise DataError(problems + (ragged_rows(path) if is_delimited(path) else []))
     if found[0] == found[1]:
         raise DataError(f"{path}: the text and the label cannot both be the column {found[0]!r}.")
     with parsing(path):
@@ -435,14 +530,26 @@ def read_columns(path: str, wanted: Mapping[str, str | None]) -> tuple[pl.DataFr
     for column in found:
         if table[column].dtype.is_nested():
             problems.append(f"{path}: the column {column!r} holds lists or records; give one value a row.")
+        elif table[column].dtype == pl.Binary:
+            try:
+                table = table.with_columns(pl.col(column).cast(pl.String))
+            except pl.exceptions.PolarsError:
+                problems.append(f"{path}: the column {column!r} holds bytes that are no UTF-8 text; decode them first.")
     if problems:
         raise DataError(problems)
     if table.height == 0:
         raise DataError(f"{path}: has a header and no rows.")
-    # A row that ends early reads as empty last cells, so only then is the slower look worth its time.
-    if is_delimited(path) and table[columns[-1]].null_count() and (ragged := ragged_rows(path)):
+    # A row that ends early reads as empty last cells, and a quote left open has no partner: only then is the slower
+    # look worth its time.
+    suspect = is_delimited(path) and (table[columns[-1]].null_count() or _odd_quotes(path))
+    if suspect and (ragged := ragged_rows(path)):
         raise DataError(ragged)
     return table, (found[0], found[1])
+
+
+def _odd_quotes(source: str) -> bool:
+    with _open_bytes(source) as file:
+        return sum(chunk.count(b'"') for chunk in iter(lambda: file.read(1 << 20), b"")) % 2 == 1
 
 
 def _checked(
@@ -468,7 +575,8 @@ def _checked(
             kept.append((row, text, label))
     for what, rows in blank.items():
         if rows:
-            notices.append(f"{source}: dropped {len(rows):,} with an empty {what} ({name_rows(rows)}).")
+            some = f"{len(rows):,} row{'s' if len(rows) != 1 else ''}"
+            notices.append(f"{source}: dropped {some} with an empty {what} ({name_rows(rows)}).")
     present = {label for _, _, label in kept}
     if len(kept) < least_rows:
         problems.append(
@@ -479,7 +587,7 @@ def _checked(
         names = label_order(present)
         index = {label: place for place, label in enumerate(names)}
         if len(names) == 1:
-            problems.append(f"{source}: every row has the label {names[0]!r}; at least two labels are needed.")
+            problems.append(f"{source}: every row has the label {shown(names[0])}; at least two labels are needed.")
         elif len(names) > max(2, len(kept) // 2):
             problems.append(
                 f"{source}: the column {columns[1]!r} has {len(names):,} different values in {len(kept):,} rows, "
@@ -490,7 +598,7 @@ def _checked(
         for strange in sorted(present - set(index)):
             rows = [row for row, _, label in kept if label == strange]
             problems.append(
-                f"{source}: the label {strange!r} ({name_rows(rows)}) is not one of those trained on: "
+                f"{source}: the label {shown(strange)} ({name_rows(rows)}) is not one of those trained on: "
                 f"{', '.join(names)}."
             )
     if problems:
@@ -503,6 +611,7 @@ def _checked(
         np.array([row for row, _, _ in kept], dtype=np.int64),
         tuple(notices),
         columns,
+        source,
     )
 
 
@@ -561,7 +670,10 @@ def split(
         )
         for name, part in parts.items():
             if not len(part):
-                raise DataError(f"Nothing is left for {name}: too many rows repeat another's text.")
+                raise DataError(f"{dataset.source}: too many rows repeat another's text: nothing is left for {name}.")
+            if lost := _absent(dataset, part):
+                names = ", ".join(shown(dataset.names[i]) for i in lost[:6])
+                notices.append(f"After that, no row in the {name} part has the label {names}.")
     given = {"validation": validation, "test": test}
     tables = {name: table for name, table in given.items() if table is not None}
     tables |= {name: dataset.take(part) for name, part in parts.items()}
@@ -584,14 +696,28 @@ def _cut(
     try:
         kept, off = train_test_split(rows, random_state=seed, test_size=share, stratify=labels)
     except ValueError as error:
-        counts = np.bincount(dataset.labels, minlength=len(dataset.names))
-        rare = [f"{dataset.names[i]!r} has {counts[i]}" for i in np.argsort(counts, kind="stable") if counts[i] < 7]
-        raise DataError(
-            f"Too few rows to put each label in training, validation and test: the label "
-            f"{', '.join(rare[:6]) or f'{dataset.names[int(counts.argmin())]!r} has {counts.min()}'}. "
-            f"Merge it with another label, add rows, or give files with --validation and --test."
-        ) from error
+        raise _too_few(dataset) from error
+    if _absent(dataset, kept) or _absent(dataset, off):
+        raise _too_few(dataset)
     return kept, off
+
+
+def _absent(dataset: Dataset, part: NDArray[np.int64]) -> list[int]:
+    """The labels that no row of a part has."""
+    return np.flatnonzero(np.bincount(dataset.labels[part], minlength=len(dataset.names)) == 0).tolist()
+
+
+def _too_few(dataset: Dataset) -> DataError:
+    counts = np.bincount(dataset.labels, minlength=len(dataset.names))
+    rarest = [int(i) for i in np.argsort(counts, kind="stable") if counts[i] < 7] or [int(counts.argmin())]
+    named = ", ".join(
+        f"{shown(dataset.names[i])} has {counts[i]} row{'s' if counts[i] != 1 else ''}" for i in rarest[:6]
+    )
+    more = f" (and {len(rarest) - 6:,} more labels are as rare)" if len(rarest) > 6 else ""
+    return DataError(
+        f"{dataset.source}: too few rows to put each label in training, validation and test: the label {named}{more}. "
+        f"Merge it with another label, add rows, or give files with --validation and --test."
+    )
 
 
 def _gather_duplicates(dataset: Dataset, parts: dict[str, NDArray[np.int64]]) -> int:
