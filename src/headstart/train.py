@@ -145,20 +145,20 @@ def fit(
         started = time.perf_counter()
         try:
             train_loss = _one_epoch(model, batches.epoch(number), optimizer, loss_of, schedule.clip_norm)
+            model.eval()
+            with torch.inference_mode():
+                validation_loss, accuracy = validate(model)
+            record = Epoch(train_loss, validation_loss, accuracy, time.perf_counter() - started)
+            if better := not epochs or validation_loss < epochs[best].validation_loss:
+                best_state = copy.deepcopy(model.state_dict())
+            epochs.append(record)
+            best = number if better else best
+            stop = on_epoch(number, epochs[-1])
         except KeyboardInterrupt:
             if not epochs:
                 raise  # nothing to keep yet
             interrupted = True
             break
-        model.eval()
-        with torch.inference_mode():
-            validation_loss, accuracy = validate(model)
-        seconds = time.perf_counter() - started
-        epochs.append(Epoch(train_loss, validation_loss, accuracy, seconds))
-        stop = on_epoch(number, epochs[-1])
-        if number == 0 or validation_loss < epochs[best].validation_loss:
-            best = number
-            best_state = copy.deepcopy(model.state_dict())
         if stop or (schedule.patience is not None and number - best >= schedule.patience):
             break
     model.load_state_dict(best_state)
