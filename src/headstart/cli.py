@@ -3,6 +3,7 @@
 Results go to stdout, progress and remarks to stderr. This room knows the other rooms' doors and nothing behind them.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from headstart.config import ClassWeight, Device, HeadKind, Precision, Recipe
-from headstart.errors import HeadstartError, InputError, StoppedEarlyError, printable
+from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, disk_errno, printable
 
 app = typer.Typer(
     name="headstart",
@@ -277,6 +278,9 @@ def note(message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the person's input, 1 our fault, 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal's encoding lacks is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         app(args=arguments, prog_name="headstart")
     except SystemExit as end:  # typer ends so, also after Ctrl-C
@@ -287,7 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in str(error).splitlines():
             note(f"headstart: {line}")
         sys.exit(error.exit_code)
-    except Exception:
+    except Exception as error:
+        if disk_errno(error) in FULL:  # of stdout, say; files that headstart writes have their own sentence
+            note("headstart: the disk is full. Free some space and run it again.")
+            sys.exit(InputError.exit_code)
         traceback.print_exc()
         note("headstart: this is our fault, not yours. Please report it with the lines above.")
         sys.exit(HeadstartError.exit_code)

@@ -5,12 +5,17 @@ the others; the command line turns each class into an exit code.
 """
 
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code != 9}
 """Control characters, which a hostile text could use to drive a terminal, are shown as a replacement sign."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no room."""
 
 
 def printable(text: str) -> str:
@@ -69,15 +74,26 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = disk_errno(error)
+        if number in FULL:
             message = f"{path}: the disk is full. Free some space or choose another --out, and run it again."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             message = f"{path}: cannot be written (no permission). Choose another folder or change its mode."
-        elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        elif number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             message = f"{path}: cannot be written: a part of the path is missing or is no folder."
-        elif error.errno == errno.ENAMETOOLONG:
+        elif number == errno.ENAMETOOLONG:
             message = f"{str(path)[:60]}…: the file name is too long for this disk. Choose a shorter one."
         else:
             raise
         raise DiskError(message) from error
+
+
+def disk_errno(error: Exception) -> int | None:
+    """The system's number behind a refusal of the disk, also where a library written in Rust words it; else None."""
+    if isinstance(error, HeadstartError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
