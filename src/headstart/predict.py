@@ -95,7 +95,7 @@ def load(run: str | Path, *, device: Device = "auto", precision: Precision = "au
     Raises:
         RunError: it is not one, or a file in it is missing or damaged.
     """
-    return Predictor(load_run(run).place(choose_placement(device, precision)))
+    return Predictor(load_run(run, choose_placement(device, precision)))
 
 
 # --- files

@@ -420,13 +420,11 @@ def lengths(source: str, model: str, text: str | None = None) -> LengthAdvice:
         DataError: the table cannot be read or has no text.
         ModelError: the model cannot be found.
     """
-    from headstart.encoder import length_limit, load_tokenizer, locate
+    from headstart.encoder import length_limit, load_config, load_tokenizer, locate
 
     texts = data.load_texts(source, text)
     folder = locate(model)
-    from transformers import AutoConfig
-
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    shape = load_config(folder)
     _, tokenizer = load_tokenizer(folder)
     tokens = tokenizer(texts, progress="tokenizing")
     return advise_length(tokens.lengths, limit=length_limit(shape), hidden=int(shape.hidden_size))
