@@ -3,6 +3,8 @@
 Importing this does no work; torch and transformers are imported when something is trained or loaded.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,3 +41,14 @@ def load(run: "str | Path") -> "Predictor":
     from headstart import predict
 
     return predict.load(run)
+
+
+class _Package(ModuleType):
+    """Keeps `headstart.train` the function: importing the room of that name would set the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -245,11 +245,7 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
     folder = locate(model)
     config = load_config(folder)
     shape = config_dict(config)
-    weights = plain_weights(folder) if supports(shape) else None
-    if weights is None:
-        body, missing = load_body(folder, Placement(torch.device("cpu"), "fp32", ""))
-        weights = {name: tensor for name, tensor in body.state_dict().items() if name not in missing}
-    engine = Engine(shape, weights, placement.device, placement.dtype) if supports(shape) else None
+    weights, engine = load_weights(folder, shape, placement)
     hf_tokenizer, tokenizer = load_tokenizer(folder)
     parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
     parts += [json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
@@ -257,6 +253,25 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     has_pooler = any(name.startswith("pooler.") for name in weights)
     return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)
+
+
+def load_weights(
+    folder: Path, shape: dict[str, Any], placement: Placement
+) -> tuple[Mapping[str, torch.Tensor], Engine | None]:
+    """A base model's fp32 tensors and, where the architecture is one it knows, an engine on them.
+
+    Raises:
+        ModelError: the weights cannot be read, or are not this architecture's.
+    """
+    if supports(shape) and (plain := plain_weights(folder)) is not None:
+        with contextlib.suppress(
+            KeyError, ValueError
+        ):  # not the weights of this shape: transformers says what is amiss
+            return plain, Engine(shape, plain, placement.device, placement.dtype)
+    body, missing = load_body(folder, Placement(torch.device("cpu"), "fp32", ""))
+    weights = {name: tensor for name, tensor in body.state_dict().items() if name not in missing}
+    engine = Engine(shape, weights, placement.device, placement.dtype) if supports(shape) else None
+    return weights, engine
 
 
 def load_config(folder: Path) -> Any:

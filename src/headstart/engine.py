@@ -59,6 +59,10 @@ class Engine:
         weights: its base model's tensors, by their transformers names.
         device: where to compute.
         dtype: the format to compute in; weights are converted once.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: the tensors are of another width.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class Engine:
             qkv = torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])
             rest = [pair(at + names[name]) for name in ("out", "norm1", "up", "down", "norm2")]
             self.layers.append((qkv, *rest))
+        if any(layer[0][0].shape != (3 * self.hidden, self.hidden) for layer in self.layers):
+            raise ValueError("the weights are of another width than the configuration")
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
         """Vectors of each text.
