@@ -335,7 +335,7 @@ def test_a_killed_process_leaves_a_sound_store(
     chance = random.Random(2021)
     expected = fresh(encoder, many_texts(), tmp_path)
     killed_midway = 0
-    for _ in range(8):
+    for _ in range(6):
         clear_cache()
         ours, theirs = processes.Pipe(duplex=False)
         child = processes.Process(target=fill_slowly, args=(str(cache_dir), str(tiny_bert), theirs))
@@ -359,7 +359,7 @@ def test_a_killed_process_leaves_a_sound_store(
         assert features_of(encoder, many_texts()).encoded == 0
         if got.encoded:
             assert not list(cache_dir.rglob("*.tmp")), "the next writer clears what the killed one left"
-    assert killed_midway >= 6
+    assert killed_midway >= 4
 
 
 def fill_at_once(cache: str, cap: int, model: str, order: list[int], start: Any, result: str) -> None:

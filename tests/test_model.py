@@ -1,0 +1,428 @@
+"""Heads on stored features against the whole models they become; the run folder, whole or absent."""
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from headstart import config, predict, trials
+from headstart.config import Precision
+from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder
+from headstart.errors import DiskError, ModelError, RunError
+from headstart.features import Features, frozen_features
+from headstart.model import (
+    HeadSpec,
+    NativeHead,
+    check_out,
+    head_inputs,
+    native_feature,
+    native_model,
+    new_folder,
+    new_head,
+    pooled_model,
+    save_model,
+)
+from headstart.predict import Predictor
+from headstart.train import Schedule
+
+CPU = choose_placement("cpu", "fp32")
+NAMES = ("bad", "good", "so-so")
+TEXTS = [
+    "a",
+    "the film was superb and lovely, not boring.",
+    "zebra! quiz?",
+    "the waiter was rude at the end of this story " * 3,
+    *(f"the {noun} was {word}" for noun in ("film", "soup", "room", "app") for word in ("great", "rude", "lovely")),
+]
+CLOSE = {"rtol": 2e-3, "atol": 1e-2}
+"""Features are kept in half precision, 11 bits: over a head's 32 to 64 inputs that is a few thousandths of a logit."""
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["headstart.model"])
+
+
+def stored(encoder: Encoder) -> Features:
+    return frozen_features(encoder, encoder.tokenizer(TEXTS))
+
+
+def load(run: Path, precision: Precision = "fp32") -> Predictor:
+    return predict.load(run, device="cpu", precision=precision)
+
+
+def logits_of(predictor: Predictor) -> torch.Tensor:
+    """Logits of TEXTS through the whole model, all in one padded batch."""
+    tokens = predictor.classifier.tokenizer(TEXTS)
+    pad_id = predictor.classifier.tokenizer.pad_id
+    return predictor.classifier.logits(*tokens.padded(np.arange(len(TEXTS)), pad_id))
+
+
+def saved(model: Any, encoder: Encoder, folder: Path) -> Predictor:
+    """Written and read again."""
+    with new_folder(folder) as temporary:
+        save_model(temporary, model, encoder, encoder.max_length)
+    return load(folder)
+
+
+# --- pooled heads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("names", "width"), [(("mean-1",), 0), (("mean-0", "mean-2"), 8), (("cls", "mean-3"), 0), (("pooler",), 8)]
+)
+def test_a_pooled_model_is_its_head_on_stored_features(
+    family: str, names: tuple[str, ...], width: int, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    encoder = load_encoder(str(tiny_models(family)), CPU)
+    spec = HeadSpec(names, width, dropout=0.5)
+    inputs = head_inputs(encoder, stored(encoder), names)
+    assert inputs.shape == (len(TEXTS), 32 * len(names))
+    head = new_head(inputs, spec, len(NAMES), seed=1).eval()
+    with torch.no_grad():
+        expected = head(inputs)
+    predictor = saved(pooled_model(encoder, head, spec, NAMES), encoder, tmp_path / "run")
+    torch.testing.assert_close(logits_of(predictor), expected, **CLOSE)
+    assert expected.std(dim=0).min() > 0.05, "texts should get answers of their own"
+    assert predictor.names == NAMES
+    assert predictor.classifier.max_length == 64
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])
+@pytest.mark.parametrize("highest", [0, 1, 2])
+def test_layers_that_the_head_does_not_read_are_not_saved(
+    family: str, highest: int, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    encoder = load_encoder(str(tiny_models(family)), CPU)
+    names = (f"mean-{highest}", "mean-0")
+    spec = HeadSpec(names, 0, 0.0)
+    head = new_head(head_inputs(encoder, stored(encoder), names), spec, 2, seed=1)
+    saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as weights:
+        keys = list(weights.keys())
+    found = {int(place) for key in keys for place in re.findall(r"layers?\.(\d+)\.", key)}
+    layers = 3 if family == "modernbert" else max(1, highest)  # it ends in a norm, so all its layers are needed
+    assert found == set(range(layers))
+    assert not any("pooler" in key for key in keys)
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_the_first_token(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    encoder = load_encoder(str(tiny_models("distilbert")), CPU)
+    features = stored(encoder)
+    assert torch.equal(head_inputs(encoder, features, ("pooler",)), head_inputs(encoder, features, ("cls",)))
+    spec = HeadSpec(("pooler",), 0, 0.0)
+    head = new_head(head_inputs(encoder, features, ("pooler",)), spec, 2, 0)
+    saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["head_features"] == ["cls"]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "mpnet"])
+def test_the_pooler_feature_is_transformers_pooler_output(family: str, tiny_models: Callable[[str], Path]) -> None:
+    from transformers import AutoModel
+
+    folder = tiny_models(family)
+    encoder = load_encoder(str(folder), CPU)
+    got = head_inputs(encoder, stored(encoder), ("pooler",))
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = encoder.tokenizer(TEXTS)
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor(tokens[i][None].astype(np.int64))) for i in range(len(TEXTS))]
+    torch.testing.assert_close(got, torch.cat([one.pooler_output for one in expected]), rtol=0, atol=5e-3)
+
+
+def test_an_unknown_feature_is_named(tiny_bert: Path) -> None:
+    encoder = load_encoder(str(tiny_bert), CPU)
+    with pytest.raises(ModelError, match=r"no feature 'mean-9' here; there are: pooler, cls, mean-0, .*mean-3"):
+        head_inputs(encoder, stored(encoder), ("mean-9",))
+
+
+def test_a_new_head_standardises_its_inputs_and_follows_its_seed() -> None:
+    inputs = torch.randn(50, 6) * torch.tensor([1e-9, 1.0, 5.0, 0.1, 20.0, 0.0]) + 3
+    head = new_head(inputs, HeadSpec(("cls",), 0, 0.0), 2, seed=5)
+    z = ((inputs - head.mean) * head.scale).detach()
+    assert torch.isfinite(z).all()
+    torch.testing.assert_close(z[:, 1:5].mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z[:, 1:5].std(dim=0), torch.ones(4), rtol=1e-3, atol=0)
+    same, other = (new_head(inputs, HeadSpec(("cls",), 0, 0.0), 2, seed=seed) for seed in (5, 6))
+    assert torch.equal(head.out.weight, same.out.weight)
+    assert not torch.equal(head.out.weight, other.out.weight)
+    plain = new_head(inputs, HeadSpec(("cls",), 0, 0.0, standardize=False), 2, seed=5)
+    assert plain.mean.abs().max() == 0
+    assert (plain.scale == 1).all()
+
+
+def test_a_bf16_encoder_saves_full_precision_weights(tiny_bert: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(str(tiny_bert), choose_placement("cpu", "bf16"))
+    spec = HeadSpec(("mean-2",), 0, 0.0)
+    head = new_head(head_inputs(encoder, stored(encoder), spec.features), spec, 2, seed=1)
+    saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
+    original, kept = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    name = "encoder.layer.1.output.dense.weight"
+    assert torch.equal(kept[f"encoder.{name}"], original[name])
+
+
+# --- the architecture's own heads
+
+
+def train_native(encoder: Encoder, seed: int = 3) -> tuple[NativeHead, torch.Tensor, list[float]]:
+    """A native head after 30 epochs on TEXTS, its inputs, and its training losses."""
+    head = NativeHead(native_model(encoder, NAMES, seed))
+    inputs = head_inputs(encoder, stored(encoder), (native_feature(encoder),))
+    labels = torch.arange(len(TEXTS)) % 3
+    schedule = Schedule(epochs=30, lr=1e-2, weight_decay=0.01)
+    settings = config.settings("sample", batch_size=8, seed=seed)
+    history = trials.train_head(head, (inputs, labels), (inputs, labels), schedule, torch.ones(3), settings)
+    return head, inputs, [epoch.train_loss for epoch in history.epochs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_native_head_learns_on_stored_features_and_is_the_whole_models(
+    family: str, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    encoder = load_encoder(str(tiny_models(family)), CPU)
+    before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+    head, inputs, losses = train_native(encoder)
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        expected = head(inputs)
+    model = head.whole()
+    assert type(model).__name__.endswith("ForSequenceClassification")
+    for name, value in getattr(model, model.base_model_prefix).state_dict().items():
+        if "pooler" not in name:  # the pooler stands after the encoder's output: part of the head
+            assert torch.equal(value, before[name]), name
+    for name, value in encoder.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    torch.testing.assert_close(logits_of(saved(model, encoder, tmp_path / "run")), expected, **CLOSE)
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert content["id2label"] == {"0": "bad", "1": "good", "2": "so-so"}
+    assert content["problem_type"] == "single_label_classification"
+    assert "auto_map" not in content
+
+
+def test_modernbert_pools_as_its_configuration_says(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_models("modernbert"), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classifier_pooling": "mean"}))
+    encoder = load_encoder(str(tmp_path / "m"), CPU)
+    assert native_feature(encoder) == "mean-3"
+    head, inputs, _ = train_native(encoder)
+    with torch.no_grad():
+        expected = head(inputs)
+    torch.testing.assert_close(logits_of(saved(head.whole(), encoder, tmp_path / "run")), expected, **CLOSE)
+
+
+def test_an_architecture_without_a_head_of_its_own_says_so(tiny_models: Callable[[str], Path]) -> None:
+    from transformers import VideoMAEConfig
+
+    encoder = load_encoder(str(tiny_models("bert")), CPU)
+    encoder = dataclasses.replace(encoder, config=VideoMAEConfig())
+    with pytest.raises(ModelError, match="videomae has no head of its own; use --head pooled"):
+        native_model(encoder, NAMES, 0)
+
+
+# --- the output folder
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    with pytest.raises(RuntimeError, match="midway"), new_folder(out) as folder:  # noqa: PT012
+        (folder / "config.json").write_text("{}")
+        assert not out.exists()
+        raise RuntimeError("midway")
+    assert list((tmp_path / "deep").iterdir()) == []
+    with new_folder(out) as folder:
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "model.onnx").write_text("x")
+        (folder / "config.json").write_text("{}")
+    assert sorted(path.name for path in out.rglob("*")) == ["config.json", "model.onnx", "onnx"]
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+
+
+def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(OSError, match="odd"), new_folder(out) as folder:  # noqa: PT012
+        (folder / "new").write_text("new")
+        raise OSError("odd")
+    assert [path.name for path in out.iterdir()] == ["old"]
+    with new_folder(out) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_saved_model_may_be_read_by_others(tiny_run: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in tiny_run.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
+
+
+def write_for_ever(out: str, progress: Connection) -> None:
+    """In a child: fill a new folder without end."""
+    with new_folder(Path(out)) as folder:
+        for number in range(10**9):
+            (folder / f"{number % 50}.bin").write_bytes(bytes(10_000))
+            progress.send(number)
+
+
+@pytest.mark.parametrize("before", ["nothing", "a run"])
+def test_a_killed_writer_leaves_no_half_folder(before: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    if before == "a run":
+        out.mkdir()
+        (out / "headstart.json").write_text("{}")
+    for stop_at in (0, 7, 60):
+        ours, theirs = processes.Pipe(duplex=False)
+        child = processes.Process(target=write_for_ever, args=(str(out), theirs))
+        child.start()
+        theirs.close()
+        while ours.recv() < stop_at:
+            pass
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        found = sorted(path.name for path in out.iterdir()) if out.exists() else None
+        assert found == (["headstart.json"] if before == "a run" else None)
+    check_out(out, "replace")  # what it left does not stand in the way of the next
+
+
+def test_an_output_folder_is_checked_before_any_work(tmp_path: Path) -> None:
+    check_out(tmp_path / "new" / "run", "refuse")
+    assert not (tmp_path / "new" / "run").exists()
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty", "refuse")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="is a file; --out takes a folder"):
+        check_out(tmp_path / "file", "refuse")
+    with pytest.raises(DiskError, match="a part of the path is missing or is no folder"):
+        check_out(tmp_path / "file" / "run", "refuse")
+    with pytest.raises(DiskError, match="name is too long"):
+        check_out(tmp_path / ("x" * 400), "refuse")
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten_by_chance(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"is not empty\. Choose another --out, or replace it with --overwrite"):
+        check_out(tmp_path, "refuse")
+    with pytest.raises(RunError, match=r"is not a run folder \(no headstart.json\), so --overwrite does not replace"):
+        check_out(tmp_path, "replace")
+    (tmp_path / "headstart.json").write_text("{}")
+    check_out(tmp_path, "replace")
+    with pytest.raises(RunError, match="is not empty"):
+        check_out(tmp_path, "refuse")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+# --- loading
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).unlink()
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def change(run: Path) -> None:
+        (run / name).write_text(content)
+
+    return change
+
+
+def tear(run: Path) -> None:
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def lose_a_weight(run: Path) -> None:
+    weights = load_file(run / "model.safetensors")
+    del weights["head.out.weight"]
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, r"no such run folder\. headstart train makes one"),
+        (drop("config.json"), r"is not a run folder \(it has no config\.json\)"),
+        (drop("model.safetensors"), "its model cannot be loaded"),
+        (drop("tokenizer.json"), r"has no tokenizer\.json"),
+        (drop("tokenizer_config.json"), r"is not a run folder \(it has no tokenizer_config\.json\)"),
+        (write("config.json", "{"), r"config\.json: cannot be read"),
+        (write("config.json", "[]"), r"config\.json: is not a JSON object"),
+        (write("config.json", '{"model_type": "bert"}'), "without a classification head"),
+        (write("headstart.json", "\x00"), r"headstart\.json: cannot be read"),
+        (write("tokenizer.json", "{}"), "is not a readable tokenizer"),
+        (write("model.safetensors", "noise"), "its model cannot be loaded"),
+        (tear, "its model cannot be loaded"),
+        (lose_a_weight, r"out\.weight"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_sentence(
+    change: Callable[[Path], None], message: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    change(run)
+    with pytest.raises((RunError, ModelError), match=message) as caught:
+        load(run)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(run) in str(caught.value)
+
+
+def test_a_folder_of_someone_elses_classifier_loads_too(tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    run = tmp_path / "theirs"
+    shutil.copytree(tiny_bert, run)
+    shape = AutoConfig.from_pretrained(tiny_bert, num_labels=3)
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(run)
+    predictor = load(run)
+    assert predictor.names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert (predictor.classifier.max_length, predictor.classifier.info) == (64, {})
+    model = AutoModelForSequenceClassification.from_pretrained(run, dtype=torch.float32).eval()
+    ids = torch.from_numpy(predictor.classifier.tokenizer(TEXTS[1:2])[0][None].astype(np.int64))
+    with torch.no_grad():
+        expected = torch.softmax(model(input_ids=ids).logits, dim=1)
+    np.testing.assert_allclose(predictor.predict_proba(TEXTS[1:2]), expected.numpy(), atol=1e-5)
+
+
+def test_code_in_a_strangers_classifier_is_not_run(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    shutil.copytree(tiny_run, run)
+    (run / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n")
+    content = json.loads((run / "config.json").read_text())
+    content |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (run / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # texts to label, not consent
+    with pytest.raises(RunError, match="its model cannot be loaded"):
+        load(run)
+    assert not mark.exists()
+    assert sys.stdin.read() == "y\n" * 9
+
+
+def test_a_pooled_classifier_in_bf16_keeps_its_head_in_fp32(tiny_run: Path) -> None:
+    exact, coarse = logits_of(load(tiny_run)), logits_of(load(tiny_run, "bf16"))
+    assert coarse.dtype == torch.float32
+    assert (coarse != coarse.bfloat16().float()).any(), "the head's own arithmetic is not in bf16"
+    assert 0 < (coarse - exact).abs().max() < 0.5
