@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -267,18 +267,16 @@ def scan(source: str) -> pl.LazyFrame:
     return frame.rename(dict(zip(columns, clean, strict=True)))
 
 
-def _json_lines(source: str) -> str | BinaryIO:
-    """What polars shall scan: the path, or the open file where polars would stumble over its mark or its name."""
+def _json_lines(source: str) -> str | bytes:
+    """What polars shall scan: the path, or the content where polars would stumble over its mark or its name."""
     if source.startswith("hf://"):
         return source
     with _open_bytes(source) as file:
         marked = file.read(3) == codecs.BOM_UTF8
     if not marked and not set(source) & set("*?["):
         return source
-    lines = _open_bytes(source)
-    if marked:
-        lines.read(3)
-    return lines
+    with _open_bytes(source) as file:
+        return file.read().removeprefix(codecs.BOM_UTF8)
 
 
 @contextmanager
@@ -297,8 +295,8 @@ def parsing(source: str) -> Iterator[None]:
             raise DataError(
                 f"{source}: cannot be fetched ({_first_line(error)}). Download it and give the file."
             ) from error
-        if is_delimited(source) and (ragged := ragged_rows(source)):
-            raise DataError(ragged) from error
+        if is_delimited(source) and (broken := ragged_rows(source) or lone_quotes(source)):
+            raise DataError(broken) from error
         if file_format(source) in (".jsonl", ".ndjson", ".json") and (broken := broken_json(source)):
             raise DataError(broken) from error
         raise DataError(
@@ -312,21 +310,16 @@ def _first_line(error: Exception) -> str:
 
 def ragged_rows(source: str) -> list[str]:
     """One sentence for each way in which rows have another number of fields than the header; else empty."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    expected = last = 0
+    expected = 0
     wrong: dict[int, list[int]] = {}
-    record: list[str] = []
-    for row, cells in enumerate(csv.reader(_lines(source, record), delimiter=detect_delimiter(source)), start=1):
+    problems: list[str] = []
+    for row, cells, odd in _records(source):
         if cells and not expected:
             expected = len(cells)
+        elif odd and "\n" in cells[-1]:  # only at the end of the file can a field still be open
+            problems.append(f"{source}: row {row} opens a quote that is never closed. Close it, or double it.")
         elif cells and len(cells) != expected:
             wrong.setdefault(len(cells), []).append(row)
-        last, quotes = row, sum(line.count('"') for line in record)
-        record.clear()
-    problems = []
-    if last and quotes % 2 and "\n" in cells[-1]:
-        problems.append(f"{source}: row {last} opens a quote that is never closed. Close it, or double it.")
-        wrong = {count: rows for count, found in wrong.items() if (rows := [row for row in found if row != last])}
     return problems + [
         f"{source}: {name_rows(rows)} {'has' if len(rows) == 1 else 'have'} {count} "
         f"field{'s' if count != 1 else ''} where the header has {expected}. "
@@ -335,12 +328,28 @@ def ragged_rows(source: str) -> list[str]:
     ]
 
 
-def _lines(source: str, record: list[str]) -> Iterator[str]:
-    """Lines as polars sees them, ended by a line feed alone; each is also appended to `record`."""
-    with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as lines:
+def lone_quotes(source: str) -> list[str]:
+    """One sentence on the rows with a quote that has no partner, over which polars stumbles; else empty."""
+    rows = [row for row, _, odd in _records(source) if odd]
+    advice = "Put quotes around the text, and double the one inside."
+    return [f"{source}: {name_rows(rows)} {'has' if len(rows) == 1 else 'have'} a lone quote. {advice}"] if rows else []
+
+
+def _records(source: str) -> Iterator[tuple[int, list[str], bool]]:
+    """The row number and cells of each record, and whether it has an odd number of quotes."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    quotes = 0
+
+    def counted(lines: Iterable[str]) -> Iterator[str]:  # a line ends in a line feed alone, as polars sees it
+        nonlocal quotes
         for line in lines:
-            record.append(line.rstrip("\r\n").replace("\r", " ") + "\n")
-            yield record[-1]
+            quotes += line.count('"')
+            yield line.rstrip("\r\n").replace("\r", " ") + "\n"
+
+    with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as lines:
+        for row, cells in enumerate(csv.reader(counted(lines), delimiter=detect_delimiter(source)), start=1):
+            yield row, cells, quotes % 2 == 1
+            quotes = 0
 
 
 def broken_json(source: str) -> list[str]:
@@ -662,7 +671,7 @@ def split(
         parts["validation"], parts["test"] = _cut(dataset, rest, 0.5, seed)
     elif validation is None or test is None:
         missing = "validation" if validation is None else "test"
-        parts["train"], parts[missing] = _cut(dataset, rest, 15 / 85, seed)
+        parts["train"], parts[missing] = _cut(dataset, rest, round(len(rest) * 15 / 85), seed)
     notices = []
     if duplicates == "together" and len(parts) > 1 and (moved := _gather_duplicates(dataset, parts)):
         notices.append(
@@ -688,7 +697,7 @@ def split(
 
 
 def _cut(
-    dataset: Dataset, rows: NDArray[np.int64], share: float, seed: int
+    dataset: Dataset, rows: NDArray[np.int64], share: float | int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     from sklearn.model_selection import train_test_split
 

@@ -1,7 +1,6 @@
 """One run, from a table to a run folder. This room knows the order of the others, and nothing else."""
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,34 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from headstart import data, metrics, report
 from headstart.config import TrainConfig
 from headstart.data import Dataset, Splits
 from headstart.encoder import Encoder, choose_placement, load_encoder
 from headstart.errors import DataError, InputError
-from headstart.features import Features, frozen_features
-from headstart.model import (
-    HeadSpec,
-    NativeHead,
-    check_out,
-    head_inputs,
-    native_feature,
-    native_model,
-    new_folder,
-    new_head,
-    pooled_model,
-    save_model,
-)
+from headstart.features import frozen_features
+from headstart.model import check_out, new_folder, save_model
 from headstart.predict import Predictor, probabilities_of
-from headstart.progress import Advance, bar
 from headstart.tokens import LengthAdvice, advise_length
-from headstart.train import Epoch, History, Schedule, class_weights
-from headstart.trials import Part, Trial, pick_head, train_head
-
-NATIVE_LR = 1e-3
-"""For a native head on stored features; three times lower loses 0.5 to 2 points in as many epochs."""
+from headstart.train import History
+from headstart.trials import Task, train_head
 
 
 @dataclass(frozen=True)
@@ -94,17 +77,6 @@ class Stopwatch:
         return {name: round(value, 3) for name, value in {**self.seconds, "total": total}.items()}
 
 
-@dataclass(frozen=True)
-class Head:
-    """A trained head: as a whole model, on stored features, and in words."""
-
-    model: Any
-    logits: torch.Tensor
-    validation_logits: torch.Tensor
-    history: History
-    description: dict[str, Any]
-
-
 def train(config: TrainConfig, started: float | None = None) -> Run:
     """Train, test once, and write the run folder.
 
@@ -133,14 +105,15 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
         features = frozen_features(encoder, cut)
     bounds = np.cumsum([len(part) for part in parts])[:-1]
     pieces = [replace(features, values=values) for values in np.split(features.values, bounds)]
+    names = splits.train.names
     with watch.measuring("train"):
-        head = train_any_head(config, encoder, splits, pieces)
+        task = Task(encoder, pieces[0], pieces[1], splits.train.labels, splits.validation.labels, names, config)
+        head = train_head(task)
     with watch.measuring("evaluate"):
-        names = splits.train.names
-        probabilities = probabilities_of(head.logits)
+        probabilities, held = (probabilities_of(head.logits(piece)) for piece in (pieces[2], pieces[1]))
         numbers = {
             "test": metrics.evaluate(probabilities, splits.test.labels, names),
-            "validation": metrics.evaluate(probabilities_of(head.validation_logits), splits.validation.labels, names),
+            "validation": metrics.evaluate(held, splits.validation.labels, names),
             "baselines": metrics.baselines(
                 splits.train.texts, splits.train.labels, splits.test.texts, splits.test.labels
             ),
@@ -162,14 +135,14 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
         "max_length_reason": why,
         "placement": placement.reason,
         "encoder_fingerprint": encoder.fingerprint,
-        "head": head.description,
+        "head": head.description(),
         "history": [asdict(epoch) for epoch in head.history.epochs],
         "interrupted": head.history.interrupted,
         "seed": config.seed,
         "versions": versions(),
     }
     with new_folder(out) as folder:
-        save_model(folder, head.model, encoder, max_length)
+        save_model(folder, head.whole(names), encoder, max_length)
         report.write_predictions(
             folder / "predictions.csv", splits.test.texts, splits.test.labels, probabilities, names
         )
@@ -246,108 +219,6 @@ def choose_length(config: TrainConfig, advice: LengthAdvice, encoder: Encoder) -
     cut = float((advice.lengths > config.max_length).mean())
     source = "the article's" if config.recipe == "article" else "as asked"
     return config.max_length, f"{source}; {cut:.1%} of the training texts are cut (advised: {advice.advised})"
-
-
-def train_any_head(config: TrainConfig, encoder: Encoder, splits: Splits, pieces: list[Features]) -> Head:
-    """Train the head that the settings ask for on stored features."""
-    labels = len(splits.train.names)
-    weights = class_weights(splits.train.labels, labels, config.class_weight)
-    train_part = Part(pieces[0], splits.train.labels)
-    validation_part = Part(pieces[1], splits.validation.labels)
-    if config.head == "native":
-        return _native(config, encoder, splits, pieces, weights)
-    if config.recipe == "article":
-        trial, tried = _as_given(config, encoder, train_part, validation_part, labels, weights), 1
-    else:
-        trial, tried = pick_head(encoder, train_part, validation_part, labels, weights, config)
-    trial.head.eval()
-    with torch.inference_mode():
-        validation_logits, logits = (
-            trial.head(head_inputs(encoder, piece, trial.spec.features)) for piece in pieces[1:]
-        )
-    chosen = f"best of {tried} tried on validation data, " if tried > 1 else ""
-    width = f"{trial.spec.width} hidden units" if trial.spec.width else "linear"
-    reads = " + ".join(name.replace("mean-", "mean of layer ") for name in trial.spec.features)
-    description = {
-        "kind": "pooled",
-        **asdict(trial.spec),
-        "lr": trial.lr,
-        "weight_decay": trial.weight_decay,
-        "tried": tried,
-        "description": f"pooled, {width}, on {reads}; {chosen}epoch {trial.history.best + 1}",
-    }
-    model = pooled_model(encoder, trial.head, trial.spec, splits.train.names)
-    return Head(model, logits, validation_logits, trial.history, description)
-
-
-def _as_given(
-    config: TrainConfig, encoder: Encoder, train_part: Part, validation_part: Part, labels: int, weights: torch.Tensor
-) -> Trial:
-    """The article's head: one shape, one learning rate, nothing searched, inputs as they are."""
-    names = config.head_features or ("pooler",)
-    spec = HeadSpec(names, config.head_width or 0, config.head_dropout, standardize=False)
-    inputs = head_inputs(encoder, train_part.features, names)
-    held = head_inputs(encoder, validation_part.features, names)
-    head = new_head(inputs, spec, labels, config.seed)
-    schedule = schedule_of(config, NATIVE_LR)
-    with _epochs(schedule) as on_epoch:
-        history = train_head(
-            head,
-            (inputs, torch.from_numpy(train_part.labels)),
-            (held, torch.from_numpy(validation_part.labels)),
-            schedule,
-            weights,
-            config,
-            on_epoch,
-        )
-    return Trial(spec, schedule.lr, schedule.weight_decay, history, head)
-
-
-def _native(
-    config: TrainConfig, encoder: Encoder, splits: Splits, pieces: list[Features], weights: torch.Tensor
-) -> Head:
-    names = splits.train.names
-    head = NativeHead(native_model(encoder, names, config.seed))
-    train_inputs, held, test = (head_inputs(encoder, piece, (native_feature(encoder),)) for piece in pieces)
-    schedule = schedule_of(config, NATIVE_LR)
-    with _epochs(schedule) as on_epoch:
-        history = train_head(
-            head,
-            (train_inputs, torch.from_numpy(splits.train.labels)),
-            (held, torch.from_numpy(splits.validation.labels)),
-            schedule,
-            weights,
-            config,
-            on_epoch,
-        )
-    with torch.inference_mode():
-        validation_logits, logits = head(held), head(test)
-    model = head.whole()
-    description = {
-        "kind": "native",
-        "lr": schedule.lr,
-        "weight_decay": schedule.weight_decay,
-        "description": f"native ({type(model).__name__}), epoch {history.best + 1}",
-    }
-    return Head(model, logits, validation_logits, history, description)
-
-
-def schedule_of(config: TrainConfig, lr: float) -> Schedule:
-    """The settings' schedule, with `lr` and AdamW's own weight decay where none is set."""
-    decay = 0.01 if config.weight_decay is None else config.weight_decay
-    return Schedule(config.epochs, config.lr or lr, decay, config.clip_norm, config.patience)
-
-
-@contextlib.contextmanager
-def _epochs(schedule: Schedule) -> Iterator["functools.partial[bool]"]:
-    with bar("training", schedule.epochs, "epochs") as advance:
-        yield functools.partial(_advance_epoch, advance)
-
-
-def _advance_epoch(advance: Advance, number: int, epoch: Epoch) -> bool:
-    note = f"loss {epoch.train_loss:.3f}, validation {epoch.validation_loss:.3f} ({epoch.validation_accuracy:.3f})"
-    advance(1, note)
-    return False
 
 
 def stage_record(name: str, history: History) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Picking the default head on validation data: layers, width, learning rate, weight decay.
+"""Training heads on stored features: the architecture's own, one as given, or the best of a few dozen.
 
-With stored features a trial costs a fraction of a second, so a few dozen are tried: first the sets of layers, then
-the other settings on the two best sets. The lowest validation loss wins, which is steadier than accuracy on small
-validation parts. This room knows heads and the loop; it knows nothing of files.
+A trial on stored features costs a fraction of a second, so the default head is searched: first the sets of layers,
+then the other settings on the two best sets. The lowest validation loss wins, which is steadier than accuracy on
+small validation parts. This room knows heads and the loop; it knows nothing of files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,164 +17,204 @@ from torch import nn
 from headstart.config import TrainConfig
 from headstart.encoder import Encoder
 from headstart.features import Features
-from headstart.model import HeadSpec, head_inputs, new_head
+from headstart.model import (
+    HeadSpec,
+    NativeHead,
+    PooledModel,
+    head_inputs,
+    native_feature,
+    native_model,
+    new_head,
+    pooled_model,
+)
 from headstart.progress import bar
-from headstart.train import Epoch, FeatureBatches, History, Schedule, fit
+from headstart.train import Epoch, FeatureBatches, History, Schedule, class_weights, fit
 
+FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}
 REFINEMENTS: tuple[dict[str, float], ...] = (
     {"lr": 3e-4},
     {"lr": 3e-4, "width": 256},
     {"width": 64, "dropout": 0.2},
     {"width": 256, "dropout": 0.2},
     {"width": 0, "weight_decay": 1.0},
-    {"width": 0, "weight_decay": 0.01},
+    {"width": 0},
     {"weight_decay": 1.0},
 )
-FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}
 PRUNE_AFTER, PRUNE_MARGIN = 3, 1.03
 """A trial is stopped at this epoch if its validation loss is over the best trial's by then, times the margin."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Stored features of one part of the data, and its labels."""
+class Task:
+    """What a head is trained for: stored features and label indexes to learn from and to choose on, and settings."""
 
-    features: Features
-    labels: NDArray[np.int64]
+    encoder: Encoder
+    train: Features
+    validation: Features
+    train_labels: NDArray[np.int64]
+    validation_labels: NDArray[np.int64]
+    names: tuple[str, ...]
+    config: TrainConfig
+
+    def schedule(self, lr: float = 1e-3, weight_decay: float = 0.01) -> Schedule:
+        """The settings' schedule; what they leave open is filled in."""
+        config = self.config
+        decay = weight_decay if config.weight_decay is None else config.weight_decay
+        return Schedule(config.epochs, config.lr or lr, decay, config.clip_norm, config.patience)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One trained head.
+class TrainedHead:
+    """A head with the weights of its best epoch; `spec` is None for the architecture's own, `tried` counts rivals."""
 
-    Attributes:
-        spec: its shape.
-        lr: its learning rate.
-        weight_decay: its weight decay.
-        history: what training it was like.
-        head: with the weights of its best epoch.
-    """
-
-    spec: HeadSpec
-    lr: float
-    weight_decay: float
-    history: History
+    encoder: Encoder
     head: nn.Module
+    features: tuple[str, ...]
+    spec: HeadSpec | None
+    schedule: Schedule
+    history: History
+    tried: int = 1
 
     @property
     def validation_loss(self) -> float:
         """Of the epoch kept."""
         return self.history.epochs[self.history.best].validation_loss
 
+    def logits(self, features: Features) -> torch.Tensor:
+        """(n, labels) logits of stored features."""
+        with torch.inference_mode():
+            return self.head(head_inputs(self.encoder, features, self.features))
+
+    def whole(self, names: Sequence[str]) -> PooledModel | Any:
+        """The encoder and the head as what a run folder holds."""
+        if isinstance(self.head, NativeHead):
+            return self.head.whole()
+        assert self.spec is not None
+        return pooled_model(self.encoder, self.head, self.spec, names)
+
+    def description(self) -> dict[str, Any]:
+        """What headstart.json says of the head."""
+        epoch = f"epoch {self.history.best + 1}"
+        settings = {"lr": self.schedule.lr, "weight_decay": self.schedule.weight_decay, "tried": self.tried}
+        if self.spec is None:
+            return {"kind": "native", **settings, "description": f"the architecture's own, {epoch}"}
+        width = f"{self.spec.width} hidden units" if self.spec.width else "linear"
+        reads = " + ".join(name.replace("mean-", "mean of layer ") for name in self.features)
+        chosen = f"best of {self.tried} tried on validation data, " if self.tried > 1 else ""
+        words = f"pooled, {width}, on {reads}; {chosen}{epoch}"
+        return {"kind": "pooled", **asdict(self.spec), **settings, "description": words}
+
+
+def train_head(task: Task) -> TrainedHead:
+    """The head that the settings ask for, trained: native, as given by a recipe, or the best of a few dozen."""
+    config = task.config
+    if config.head != "native" and config.recipe != "article":
+        return pick_head(task)
+    with bar("training", config.epochs, "epochs") as advance:
+
+        def show(number: int, epoch: Epoch) -> bool:
+            losses = f"loss {epoch.train_loss:.3f}, validation {epoch.validation_loss:.3f}"
+            advance(1, f"{losses} ({epoch.validation_accuracy:.3f})")
+            return False
+
+        if config.head == "native":
+            head = NativeHead(native_model(task.encoder, task.names, config.seed))
+            return _fit(task, head, (native_feature(task.encoder),), None, task.schedule(), show)
+        spec = HeadSpec(
+            config.head_features or ("pooler",), config.head_width or 0, config.head_dropout, standardize=False
+        )
+        return _fit(task, _fresh(task, spec), spec.features, spec, task.schedule(), show)
+
+
+def _fresh(task: Task, spec: HeadSpec) -> nn.Module:
+    inputs = head_inputs(task.encoder, task.train, spec.features)
+    return new_head(inputs, spec, len(task.names), task.config.seed)
+
+
+def _fit(
+    task: Task,
+    head: nn.Module,
+    features: tuple[str, ...],
+    spec: HeadSpec | None,
+    schedule: Schedule,
+    on_epoch: Callable[[int, Epoch], bool],
+) -> TrainedHead:
+    inputs = head_inputs(task.encoder, task.train, features)
+    held = head_inputs(task.encoder, task.validation, features)
+    weights = class_weights(task.train_labels, len(task.names), task.config.class_weight)
+    truth = torch.from_numpy(task.validation_labels)
+
+    def validate(model: nn.Module) -> tuple[float, float]:
+        logits = torch.cat([model(part) for part in held.split(8192)])
+        loss = nn.functional.cross_entropy(logits, truth, weight=weights)
+        return float(loss), float((logits.argmax(dim=1) == truth).float().mean())
+
+    batches = FeatureBatches(inputs, torch.from_numpy(task.train_labels), task.config.batch_size, task.config.seed)
+    history = fit(head, batches, validate, schedule, weights, on_epoch)
+    return TrainedHead(task.encoder, head, features, spec, schedule, history)
+
 
 def layer_sets(layout: Sequence[str]) -> list[tuple[str, ...]]:
     """Sets of stored features worth trying: each upper layer's mean, runs of neighbouring layers, everything."""
     means = [name for name in layout if name.startswith("mean-")]
-    upper = means[len(means) // 2 :]
-    sets: list[tuple[str, ...]] = [(name,) for name in upper]
+    sets: list[tuple[str, ...]] = [(name,) for name in means[len(means) // 2 :]]
     for size in (2, 3, 4):
         sets += [tuple(means[end - size : end]) for end in (len(means), len(means) - 1) if end >= size]
-    sets += [tuple(means), tuple(layout)]
-    return list(dict.fromkeys(sets))
+    return list(dict.fromkeys([*sets, tuple(means), tuple(layout)]))
 
 
-def scorer(
-    inputs: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
-) -> Callable[[nn.Module], tuple[float, float]]:
-    """A `Validate` on stored features: the weighted mean loss and the plain accuracy."""
+def pick_head(task: Task) -> TrainedHead:
+    """Try a few dozen pooled heads and return the one with the lowest validation loss.
 
-    def validate(model: nn.Module) -> tuple[float, float]:
-        logits = torch.cat([model(part) for part in inputs.split(8192)])
-        loss = nn.functional.cross_entropy(logits, labels, weight=weights)
-        return float(loss), float((logits.argmax(dim=1) == labels).float().mean())
-
-    return validate
-
-
-def train_head(
-    model: nn.Module,
-    train: tuple[torch.Tensor, torch.Tensor],
-    validation: tuple[torch.Tensor, torch.Tensor],
-    schedule: Schedule,
-    weights: torch.Tensor,
-    config: TrainConfig,
-    on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
-) -> History:
-    """Train any head on stored features: (inputs, labels) to learn from and to validate on."""
-    batches = FeatureBatches(*train, batch_size=config.batch_size, seed=config.seed)
-    return fit(model, batches, scorer(*validation, weights), schedule, weights, on_epoch)
-
-
-def pick_head(
-    encoder: Encoder, train: Part, validation: Part, labels: int, weights: torch.Tensor, config: TrainConfig
-) -> tuple[Trial, int]:
-    """Try a few dozen heads and return the best one and how many were tried.
-
-    What the person has set (`--lr`, layers, width, …) is kept; the rest is searched.
-
-    Args:
-        encoder: that the features came from.
-        train: to learn from.
-        validation: to choose on.
-        labels: how many there are.
-        weights: (labels,) in the loss.
-        config: the run's settings.
+    What the person has set (learning rate, layers, width, …) is kept; the rest is searched. Ctrl-C keeps the best
+    so far.
     """
-    sets = [config.head_features] if config.head_features is not None else layer_sets(train.features.layout)
+    config = task.config
+    sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
     fixed = {
         name: value
         for name, value in (("width", config.head_width), ("lr", config.lr), ("weight_decay", config.weight_decay))
         if value is not None
     }
-    first = {**FIRST_GUESS, **fixed}
-    refinements: list[dict[str, float]] = []
-    for change in REFINEMENTS:
-        guess = {**first, **change, **fixed}
-        if guess != first and guess not in refinements:
-            refinements.append(guess)
-    targets = torch.from_numpy(train.labels), torch.from_numpy(validation.labels)
-    tried: list[Trial] = []
+    guesses = [{**FIRST_GUESS, **change, **fixed} for change in ({}, *REFINEMENTS)]
+    first, *refinements = [guess for i, guess in enumerate(guesses) if guess not in guesses[:i]]
+    tried: list[TrainedHead] = []
 
-    def attempt(names: tuple[str, ...], guess: dict[str, float]) -> Trial:
-        spec = HeadSpec(names, int(guess["width"]), guess["dropout"])
-        inputs = head_inputs(encoder, train.features, names)
-        held = head_inputs(encoder, validation.features, names)
-        head = new_head(inputs, spec, labels, config.seed)
+    def attempt(features: tuple[str, ...], guess: dict[str, float]) -> TrainedHead:
         lead = best_of(tried).history.epochs[:PRUNE_AFTER] if tried else ()
+        hopeless = PRUNE_MARGIN * min((epoch.validation_loss for epoch in lead), default=float("inf"))
 
         def behind(number: int, epoch: Epoch) -> bool:
-            return (
-                number + 1 == PRUNE_AFTER
-                and bool(lead)
-                and epoch.validation_loss > PRUNE_MARGIN * min(one.validation_loss for one in lead)
-            )
+            return number + 1 == PRUNE_AFTER and epoch.validation_loss > hopeless
 
-        schedule = Schedule(config.epochs, guess["lr"], guess["weight_decay"], config.clip_norm, config.patience)
-        history = train_head(head, (inputs, targets[0]), (held, targets[1]), schedule, weights, config, behind)
-        return Trial(spec, guess["lr"], guess["weight_decay"], history, head)
+        spec = HeadSpec(features, int(guess["width"]), guess["dropout"])
+        schedule = task.schedule(guess["lr"], guess["weight_decay"])
+        return _fit(task, _fresh(task, spec), features, spec, schedule, behind)
 
     def candidates() -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-        for names in sets:
-            yield names, first
-        for leader in sorted(tried, key=lambda trial: trial.validation_loss)[:2]:
+        for features in sets:
+            yield features, first
+        for leader in sorted(tried, key=lambda one: one.validation_loss)[:2]:
             for guess in refinements:
-                yield leader.spec.features, guess
+                yield leader.features, guess
 
+    interrupted = False
     with bar("trying heads", len(sets) + min(2, len(sets)) * len(refinements), "heads") as advance:
-        for names, guess in candidates():
-            try:
-                tried.append(attempt(names, guess))
-            except KeyboardInterrupt:
-                if not tried:
-                    raise  # nothing to keep yet
-                best = best_of(tried)
-                return replace(best, history=replace(best.history, interrupted=True)), len(tried)
-            advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
-            if tried[-1].history.interrupted:
-                break
-    return best_of(tried), len(tried)
+        try:
+            for features, guess in candidates():
+                tried.append(attempt(features, guess))
+                advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
+                if tried[-1].history.interrupted:
+                    break
+        except KeyboardInterrupt:
+            if not tried:
+                raise  # nothing to keep yet
+            interrupted = True
+    best = best_of(tried)
+    interrupted = interrupted or tried[-1].history.interrupted
+    return replace(best, history=replace(best.history, interrupted=interrupted), tried=len(tried))
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
-    """The trial with the lowest validation loss, the earliest of equals."""
-    return min(trials, key=lambda trial: trial.validation_loss)
+def best_of(tried: Sequence[TrainedHead]) -> TrainedHead:
+    """The head with the lowest validation loss, the earliest of equals."""
+    return min(tried, key=lambda one: one.validation_loss)
