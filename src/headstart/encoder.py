@@ -179,17 +179,11 @@ def load_tokenizer(folder: Path) -> tuple[Any, Tokenizer]:
 class Encoder:
     """A loaded, frozen encoder.
 
-    Attributes:
-        config: the transformers configuration.
-        hf_tokenizer: transformers' tokenizer, to be saved with a run.
-        tokenizer: the same one, as `headstart.tokens` uses it.
-        source: what the person called it.
-        folder: where it was loaded from.
-        placement: device and precision.
-        weights: the base model's tensors in fp32 on the CPU, by their transformers names.
-        engine: our own frozen pass, where it knows the architecture.
-        has_pooler: whether the checkpoint has trained pooler weights.
-        fingerprint: changes with anything that changes the encoder's answers: weights, shape, format.
+    `source` is what the person called it and `folder` where it was found; `hf_tokenizer` is transformers' (to be saved
+    with a run) and `tokenizer` the same one as `headstart.tokens` uses it. `weights` are the base model's tensors in
+    fp32 on the CPU, by their transformers names; `engine` is our own frozen pass, where it knows the architecture;
+    `has_pooler` says whether the checkpoint has trained pooler weights. `fingerprint` changes with anything that changes
+    the encoder's answers: weights, shape, format, engine.
     """
 
     config: Any
@@ -233,11 +227,7 @@ def length_limit(config: Any) -> int:
 
 
 def load_encoder(model: str, placement: Placement) -> Encoder:
-    """Find, check and load a frozen encoder.
-
-    Args:
-        model: `minilm`, a Hub id, or a folder.
-        placement: where and how it shall run.
+    """Find, check and load a frozen encoder: `minilm`, a Hub id, or a folder.
 
     Raises:
         ModelError: it cannot be found or loaded; no code or pickle from outside is run.
@@ -389,16 +379,11 @@ def _forward(encoder: Encoder, ids: torch.Tensor, mask: torch.Tensor, layout: Se
 def encode(
     encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_tokens: int = 2048
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float16]]]:
-    """Run the frozen encoder over texts, batch by batch.
-
-    Args:
-        encoder: in eval mode, whatever happens to it elsewhere.
-        tokens: the texts, truncated.
-        layout: what to keep of each, see `stored_layout`.
-        most_tokens: padded tokens a batch.
+    """Run the frozen encoder, in eval mode, over texts (truncated) in batches of at most `most_tokens` when padded.
 
     Yields:
-        The indexes of a batch of texts, and its features (batch, vectors, hidden).
+        The indexes of a batch of texts, and its features (batch, len(layout), hidden); for layouts see
+        `stored_layout`.
     """
     if encoder.engine is None:
         encoder.model.eval()

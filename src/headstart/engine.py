@@ -52,13 +52,9 @@ def supports(config: Mapping[str, Any]) -> bool:
 
 
 class Engine:
-    """A frozen encoder as a function of token ids.
+    """A frozen encoder as a function of token ids, from a config.json and the base model's tensors.
 
-    Args:
-        config: the model's config.json.
-        weights: its base model's tensors, by their transformers names.
-        device: where to compute.
-        dtype: the format to compute in; weights are converted once.
+    It computes on `device` in `dtype`; weights are converted once.
 
     Raises:
         KeyError: a tensor is missing.
@@ -159,12 +155,7 @@ class PooledHead(nn.Module):
     """Standardise, optionally one hidden layer with ReLU and dropout, then a linear layer to logits.
 
     The twin of the class in `modeling_headstart.py`, which must not import this room; a test holds them together.
-
-    Args:
-        inputs: width of what it reads.
-        width: of the hidden layer; 0 for none.
-        labels: how many.
-        dropout: probability, in the hidden layer.
+    `inputs` is the width of what it reads, `width` that of the hidden layer (0 for none).
     """
 
     mean: torch.Tensor
@@ -189,13 +180,8 @@ class PooledHead(nn.Module):
 class PooledScorer:
     """A saved classifier with a pooled head, without transformers: token ids to logits.
 
-    Computes what `HeadstartForSequenceClassification` does; the tests hold one against the other.
-
-    Args:
-        config: the run folder's config.json.
-        weights: its model.safetensors.
-        device: where to compute.
-        dtype: the format that the encoder computes in; the head is in fp32.
+    Computes what `HeadstartForSequenceClassification` does; the tests hold one against the other. `config` and
+    `weights` are a run folder's; the encoder computes in `dtype`, the head in fp32.
     """
 
     def __init__(

@@ -71,14 +71,9 @@ def text_keys(tokens: Tokens) -> NDArray[np.void]:
 class Features:
     """The frozen encoder's output for n texts, and what it cost.
 
-    Attributes:
-        values: (n, vectors, hidden) half precision; a memory map where it would not fit in memory.
-        layout: what each vector is.
-        texts: distinct texts asked for.
-        encoded: of them, computed now.
-        reused: of them, found in the store.
-        bytes: size of the distinct texts' vectors.
-        warnings: damage found in the store, one sentence each.
+    `values` is (n, vectors, hidden) in half precision, `layout` says what each vector is. Of the distinct `texts`, so
+    many were `encoded` now and so many `reused` from the store; their vectors have so many `bytes`. `warnings` has a
+    sentence for each damage found.
     """
 
     values: NDArray[np.float16]
@@ -91,12 +86,7 @@ class Features:
 
 
 class Shelf:
-    """The stored vectors of one encoder and layout.
-
-    Args:
-        folder: where its segments lie.
-        shape: (vectors, hidden) of one text.
-    """
+    """The stored vectors of one encoder and layout, (vectors, hidden) a text, as segments in one folder."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
         self.folder = folder
@@ -119,7 +109,7 @@ class Shelf:
                 self._copy_from(path, keys, into, found)
             except FileNotFoundError:
                 continue  # evicted by another process between listing and opening
-            except (SafetensorError, ValueError, KeyError, OSError) as error:
+            except (SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
                 self._damaged(path, f"cannot be read ({error})")
         return found
 
@@ -128,17 +118,17 @@ class Shelf:
     ) -> None:
         with safe_open(path, framework="numpy") as segment:
             stored = np.ascontiguousarray(segment.get_tensor("keys"))
-            sums = segment.get_tensor("checksums")
-            values = segment.get_tensor("values")
+            stored_keys = stored.view(f"V{KEY_BYTES}").ravel()
+            order = np.argsort(stored_keys)
+            missing = np.flatnonzero(~found)
+            place = np.searchsorted(stored_keys, keys[missing], sorter=order)
+            rows = order[np.minimum(place, len(order) - 1)]  # a segment is never empty
+            here = stored_keys[rows] == keys[missing]
+            if not here.any():
+                return
+            sums, values = segment.get_tensor("checksums"), segment.get_tensor("values")
         if values.shape[1:] != self.shape or len(stored) != len(values) or len(sums) != len(values):
             raise ValueError("its shape is not the shelf's")
-        stored_keys = stored.view(f"V{KEY_BYTES}").ravel()
-        order = np.argsort(stored_keys)
-        missing = np.flatnonzero(~found)
-        place = np.searchsorted(stored_keys, keys[missing], sorter=order)
-        place[place == len(order)] = 0
-        rows = order[place] if len(order) else place
-        here = stored_keys[rows] == keys[missing] if len(order) else np.zeros(len(missing), dtype=bool)
         bad = 0
         for target, row in zip(missing[here].tolist(), rows[here].tolist(), strict=True):
             if row_checksum(stored[row], values[row]) != sums[row]:
@@ -148,7 +138,7 @@ class Shelf:
             found[target] = True
         if bad:
             self._damaged(path, f"has {bad:,} damaged row{'s' if bad != 1 else ''}")
-        elif here.any():
+        else:
             with contextlib.suppress(OSError):  # a read-only cache still serves
                 os.utime(path)
 
@@ -293,15 +283,7 @@ def _in_segments(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What the store holds.
-
-    Attributes:
-        folder: where it is.
-        texts: stored texts, over all encoders.
-        shelves: encoders and layouts.
-        bytes: size on disk.
-        max_bytes: its cap.
-    """
+    """What the store holds: texts over all encoders, shelves (encoders and layouts), bytes on disk and their cap."""
 
     folder: Path
     texts: int
