@@ -28,7 +28,6 @@ from headstart.errors import DiskError, ModelError, RunError
 from headstart.features import Features, frozen_features
 from headstart.model import (
     HeadSpec,
-    NativeHead,
     check_out,
     head_inputs,
     native_feature,
@@ -39,7 +38,6 @@ from headstart.model import (
     save_model,
 )
 from headstart.predict import Predictor
-from headstart.train import Schedule
 
 CPU = choose_placement("cpu", "fp32")
 NAMES = ("bad", "good", "so-so")
@@ -181,15 +179,11 @@ def test_a_bf16_encoder_saves_full_precision_weights(tiny_bert: Path, tmp_path: 
 # --- the architecture's own heads
 
 
-def train_native(encoder: Encoder, seed: int = 3) -> tuple[NativeHead, torch.Tensor, list[float]]:
-    """A native head after 30 epochs on TEXTS, its inputs, and its training losses."""
-    head = NativeHead(native_model(encoder, NAMES, seed))
-    inputs = head_inputs(encoder, stored(encoder), (native_feature(encoder),))
-    labels = torch.arange(len(TEXTS)) % 3
-    schedule = Schedule(epochs=30, lr=1e-2, weight_decay=0.01)
-    settings = config.settings("sample", batch_size=8, seed=seed)
-    history = trials.train_head(head, (inputs, labels), (inputs, labels), schedule, torch.ones(3), settings)
-    return head, inputs, [epoch.train_loss for epoch in history.epochs]
+def train_native(encoder: Encoder) -> trials.TrainedHead:
+    """A native head after 30 epochs on TEXTS."""
+    features, labels = stored(encoder), np.arange(len(TEXTS)) % 3
+    given = config.settings("sample", head="native", epochs=30, patience=30, lr=1e-2, batch_size=8, seed=3)
+    return trials.train_head(trials.Task(encoder, features, features, labels, labels, NAMES, given))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,11 +192,11 @@ def test_a_native_head_learns_on_stored_features_and_is_the_whole_models(
 ) -> None:
     encoder = load_encoder(str(tiny_models(family)), CPU)
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
-    head, inputs, losses = train_native(encoder)
+    trained = train_native(encoder)
+    losses = [epoch.train_loss for epoch in trained.history.epochs]
     assert losses[-1] < 0.7 * losses[0]
-    with torch.no_grad():
-        expected = head(inputs)
-    model = head.whole()
+    expected = trained.logits(stored(encoder))
+    model: Any = trained.whole(NAMES)
     assert type(model).__name__.endswith("ForSequenceClassification")
     for name, value in getattr(model, model.base_model_prefix).state_dict().items():
         if "pooler" not in name:  # the pooler stands after the encoder's output: part of the head
@@ -222,10 +216,9 @@ def test_modernbert_pools_as_its_configuration_says(tiny_models: Callable[[str],
     path.write_text(json.dumps({**json.loads(path.read_text()), "classifier_pooling": "mean"}))
     encoder = load_encoder(str(tmp_path / "m"), CPU)
     assert native_feature(encoder) == "mean-3"
-    head, inputs, _ = train_native(encoder)
-    with torch.no_grad():
-        expected = head(inputs)
-    torch.testing.assert_close(logits_of(saved(head.whole(), encoder, tmp_path / "run")), expected, **CLOSE)
+    trained = train_native(encoder)
+    expected = trained.logits(stored(encoder))
+    torch.testing.assert_close(logits_of(saved(trained.whole(NAMES), encoder, tmp_path / "run")), expected, **CLOSE)
 
 
 def test_an_architecture_without_a_head_of_its_own_says_so(tiny_models: Callable[[str], Path]) -> None:

@@ -182,7 +182,7 @@ class Encoder:
     `source` is what the person called it and `folder` where it was found; `hf_tokenizer` is transformers' (to be saved
     with a run) and `tokenizer` the same one as `headstart.tokens` uses it. `weights` are the base model's tensors in
     fp32 on the CPU, by their transformers names; `engine` is our own frozen pass, where it knows the architecture;
-    `has_pooler` says whether the checkpoint has trained pooler weights. `fingerprint` changes with anything that changes
+    `has_pooler` says whether the checkpoint has a trained pooler. `fingerprint` changes with anything that changes
     the encoder's answers: weights, shape, format, engine.
     """
 
