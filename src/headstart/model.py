@@ -266,8 +266,10 @@ def check_out(out: Path, overwrite: str) -> None:
             raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
         if overwrite == "replace" and out.is_dir() and any(out.iterdir()) and not (out / "headstart.json").is_file():
             raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+        place = out.absolute().parent
+        while not place.exists():  # its missing folders are made when there is something to put into them
+            place = place.parent
+        probe = place / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
         probe.mkdir()
         probe.rmdir()
 
