@@ -1,0 +1,319 @@
+"""The one loop: against a plain transcription of it in torch, and what it keeps, stops at and repeats."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+
+from headstart.config import ClassWeight
+from headstart.modeling_headstart import PooledHead
+from headstart.train import Epoch, FeatureBatches, History, Schedule, Validate, class_weights, fit
+
+SCHEDULE = Schedule(epochs=5, lr=1e-2, weight_decay=0.01)
+
+
+def separable(n: int = 120, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes, 1 in 3 of the second, that a linear layer can tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(n) % 3 == 0).long()
+    values = torch.randn(n, 8, generator=generator) + 1.5 * labels[:, None]
+    return values, labels
+
+
+def new_model(seed: int = 0, width: int = 16, dropout: float = 0.2) -> Any:
+    torch.manual_seed(seed)
+    return PooledHead(8, width, 2, dropout)
+
+
+def state_bytes(model: nn.Module) -> bytes:
+    return b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+
+
+def scorer(values: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> Validate:
+    """The weighted loss and the accuracy on some rows."""
+
+    def validate(model: nn.Module) -> tuple[float, float]:
+        logits = model(values)
+        loss = nn.functional.cross_entropy(logits, labels, weight=weights)
+        return float(loss), float((logits.argmax(dim=1) == labels).float().mean())
+
+    return validate
+
+
+def train(
+    model: nn.Module,
+    schedule: Schedule = SCHEDULE,
+    seed: int = 1,
+    on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
+) -> History:
+    values, labels = separable()
+    weights = class_weights(labels.numpy(), 2, "balanced")
+    batches = FeatureBatches(values, labels, 16, seed)
+    return fit(model, batches, scorer(*separable(60, seed=9), weights), schedule, weights, on_epoch)
+
+
+# --- class weights
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (1, 9), (7, 2, 91), (3, 3, 3, 1)])
+def test_class_weights_are_scikit_learns(counts: tuple[int, ...]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    expected = compute_class_weight("balanced", classes=np.arange(len(counts)), y=labels)
+    np.testing.assert_allclose(class_weights(labels, len(counts), "balanced").numpy(), expected, rtol=1e-6)
+    by_hand = [sum(counts) / (len(counts) * count) for count in counts]
+    np.testing.assert_allclose(expected, by_hand)
+    assert class_weights(labels, len(counts), "none").tolist() == [1.0] * len(counts)
+
+
+def test_a_class_without_rows_weighs_one() -> None:
+    weights = class_weights(np.array([0, 0, 0, 2]), 3, "balanced")
+    np.testing.assert_allclose(weights.numpy(), [4 / 6, 1, 2], rtol=1e-6)
+
+
+# --- the order of batches
+
+
+def test_each_epoch_sees_each_row_once_in_an_order_of_seed_and_epoch() -> None:
+    values, labels = torch.arange(50).float()[:, None], torch.arange(50)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = FeatureBatches(values, labels, 8, seed)
+        parts = list(batches.epoch(epoch))
+        assert len(parts) == len(batches) == 7
+        assert [len(part[1]) for part in parts] == [8] * 6 + [2]
+        for x, y in parts:
+            assert x[:, 0].tolist() == y.tolist()
+        return [int(label) for part in parts for label in part[1]]
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1, 2021, 2**32 - 1) for epoch in (0, 1, 7)}
+    assert all(sorted(one) == list(range(50)) for one in orders.values())
+    assert len({tuple(one) for one in orders.values()}) == len(orders)
+    torch.manual_seed(123)  # whatever else draws random numbers
+    torch.rand(10)
+    assert order(2021, 7) == orders[2021, 7]
+
+
+# --- the arithmetic
+
+
+def article_head(hidden: int, width: int, dropout: float) -> Any:
+    """The article's own head, LogSoftmax and all."""
+    layers = (nn.Linear(hidden, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2), nn.LogSoftmax(dim=1))
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_it_is_the_plain_transcription_step_by_step(dropout: float) -> None:
+    values, labels = separable()
+    held_values, held_labels = separable(60, seed=9)
+    weights = torch.tensor(
+        compute_class_weight("balanced", classes=np.unique(labels), y=labels.numpy()), dtype=torch.float32
+    )
+    ours, plain = new_model(dropout=dropout), article_head(8, 16, dropout)
+    plain[0].load_state_dict(ours.hidden.state_dict())
+    plain[3].load_state_dict(ours.out.state_dict())
+    schedule = Schedule(epochs=4, lr=1e-2, weight_decay=0.01, clip_norm=0.3)
+
+    torch.manual_seed(42)
+    history = train(ours, schedule)
+
+    torch.manual_seed(42)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    cross_entropy = nn.NLLLoss(weight=weights)
+    losses, held, best, kept = [], [], float("inf"), {}
+    for epoch in range(4):
+        plain.train()
+        total = 0.0
+        batches = list(FeatureBatches(values, labels, 16, 1).epoch(epoch))
+        for x, y in batches:
+            plain.zero_grad()
+            loss = cross_entropy(plain(x), y)
+            total += loss.item()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+            optimizer.step()
+        losses.append(total / len(batches))
+        plain.eval()
+        with torch.no_grad():
+            held.append(cross_entropy(plain(held_values), held_labels).item())
+        if held[-1] < best:
+            best = held[-1]
+            kept = {name: value.clone() for name, value in plain.state_dict().items()}
+
+    np.testing.assert_allclose([epoch.train_loss for epoch in history.epochs], losses, rtol=1e-4)
+    np.testing.assert_allclose([epoch.validation_loss for epoch in history.epochs], held, rtol=1e-4)
+    torch.testing.assert_close(ours.hidden.weight.detach(), kept["0.weight"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.out.weight.detach(), kept["3.weight"], rtol=1e-3, atol=1e-4)
+
+
+def test_it_learns() -> None:
+    model = new_model()
+    history = train(model, Schedule(epochs=20, lr=1e-2, weight_decay=0.01))
+    losses = [epoch.train_loss for epoch in history.epochs]
+    assert losses[-1] < 0.3 * losses[0]
+    assert history.epochs[history.best].validation_accuracy > 0.9
+    assert not model.training
+    assert all(epoch.seconds > 0 for epoch in history.epochs)
+
+
+def test_gradients_are_clipped() -> None:
+    # AdamW's steps hardly depend on a gradient's size, so this looks at what it is given: a huge loss, a tiny bound.
+    norms = []
+    model = new_model(dropout=0.0)
+    values, labels = separable()
+    huge = FeatureBatches(values * 1e4, labels, 16, 1)
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))))
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        for clip_norm in (0.25, 1.0, 1e9):
+            norms.clear()
+            schedule = Schedule(epochs=1, lr=1e-3, weight_decay=0.01, clip_norm=clip_norm)
+            fit(model, huge, scorer(values, labels, torch.ones(2)), schedule, torch.ones(2))
+            assert len(norms) == 8
+            if clip_norm < 1e9:
+                assert max(norms) == pytest.approx(clip_norm, rel=1e-3)
+            else:
+                assert max(norms) > 100
+
+
+def test_frozen_parameters_stay_as_they_are() -> None:
+    model = new_model()
+    model.hidden.requires_grad_(requires_grad=False)
+    before = model.hidden.weight.clone(), model.out.weight.clone()
+    train(model)
+    assert torch.equal(model.hidden.weight, before[0])
+    assert not torch.equal(model.out.weight, before[1])
+
+
+def test_class_weights_count_in_the_loss() -> None:
+    values = torch.zeros(30, 8)  # nothing to go by: only the weights can move the answer
+    labels = (torch.arange(30) < 10).long()
+    shares = {}
+    for kind in get_args(ClassWeight):
+        model = new_model(width=0)
+        weights = class_weights(labels.numpy(), 2, kind)
+        schedule = Schedule(epochs=300, lr=2e-2, weight_decay=0.0)
+        fit(model, FeatureBatches(values, labels, 30, 0), scorer(values, labels, weights), schedule, weights)
+        shares[kind] = torch.softmax(model(values[:1]), dim=1)[0, 1].item()
+    assert shares["balanced"] == pytest.approx(1 / 2, abs=0.01)
+    assert shares["none"] == pytest.approx(1 / 3, abs=0.01)
+
+
+# --- what is kept, and when it stops
+
+
+def told(losses: list[float], seen: list[bytes]) -> Callable[[nn.Module], tuple[float, float]]:
+    """A validation that gives these losses, and notes the weights it was asked about."""
+    answers = iter(losses)
+
+    def validate(model: nn.Module) -> tuple[float, float]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        seen.append(state_bytes(model))
+        return next(answers), 0.5
+
+    return validate
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [([3, 2, 1, 4, 5], 2), ([1, 2, 3, 4, 5], 0), ([5, 4, 3, 2, 1], 4), ([2, 1, 1, 1, 2], 1)]
+)
+def test_the_epoch_of_the_lowest_validation_loss_is_kept(losses: list[float], best: int) -> None:
+    seen: list[bytes] = []
+    model = new_model()
+    history = fit(model, FeatureBatches(*separable(), 16, 1), told(losses, seen), SCHEDULE, torch.ones(2))
+    assert history.best == best
+    assert len(history.epochs) == len(set(seen)) == 5
+    assert state_bytes(model) == seen[best]
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (3, 8), (None, 8)])
+def test_patience(patience: int | None, epochs: int) -> None:
+    seen: list[bytes] = []
+    losses = [5.0, 4.0, 4.5, 4.0, 3.9, 4.1, 4.2, 4.3]
+    schedule = Schedule(epochs=8, lr=1e-3, weight_decay=0.0, patience=patience)
+    history = fit(new_model(), FeatureBatches(*separable(), 16, 1), told(losses, seen), schedule, torch.ones(2))
+    assert len(history.epochs) == epochs
+
+
+def test_a_caller_may_stop_it() -> None:
+    calls: list[tuple[int, Epoch]] = []
+
+    def enough(number: int, epoch: Epoch) -> bool:
+        calls.append((number, epoch))
+        return number == 2
+
+    history = train(new_model(), on_epoch=enough)
+    assert [number for number, _ in calls] == [0, 1, 2]
+    assert tuple(epoch for _, epoch in calls) == history.epochs
+    assert not history.interrupted
+
+
+class InterruptedBatches(FeatureBatches):
+    """Ctrl-C in the middle of the fourth epoch."""
+
+    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for place, batch in enumerate(super().epoch(number)):
+            if (number, place) == (3, 4):
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_ctrl_c_while_training_keeps_the_best_so_far() -> None:
+    seen: list[bytes] = []
+    model = new_model()
+    batches = InterruptedBatches(*separable(), 16, 1)
+    history = fit(model, batches, told([3, 1, 2, 0, 0], seen), SCHEDULE, torch.ones(2))
+    assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 3)
+    assert state_bytes(model) == seen[1]
+    assert not model.training
+
+
+def test_ctrl_c_while_validating_keeps_the_best_so_far() -> None:
+    seen: list[bytes] = []
+    known = told([3, 1, 2], seen)
+
+    def validate(model: nn.Module) -> tuple[float, float]:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return known(model)
+
+    model = new_model()
+    history = fit(model, FeatureBatches(*separable(), 16, 1), validate, SCHEDULE, torch.ones(2))
+    assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 3)
+    assert state_bytes(model) == seen[1]
+
+
+def test_ctrl_c_before_there_is_anything_to_keep_is_passed_on() -> None:
+    def validate(model: nn.Module) -> tuple[float, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_model(), FeatureBatches(*separable(), 16, 1), validate, SCHEDULE, torch.ones(2))
+
+
+# --- the same again
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        model = new_model(seed)
+        train(model, seed=seed)
+        states.append(state_bytes(model))
+    assert states[0] == states[1] != states[2]
+
+
+def test_it_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    train(new_model())
+    assert capfd.readouterr() == ("", "")
