@@ -1,0 +1,932 @@
+"""The command line as a person meets it: its options, what it prints where, how it ends, and every bad input."""
+
+import contextlib
+import dataclasses
+import errno
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import polars as pl
+import pytest
+import typer.main
+
+from headstart import config
+from headstart.cli import app, main, whole_number
+from headstart.errors import InputError
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+Tree = dict[str, bytes | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How one command ended and what it printed."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the real command line in this process, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Outcome(ended.value.code, printed.out, printed.err)
+
+    return call
+
+
+def start(arguments: list[object], folder: Path, **more: Any) -> "subprocess.Popen[bytes]":
+    """Start the real command line in a process of its own."""
+    command = [sys.executable, "-m", "headstart.cli", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])} | more.pop("env", {})
+    return subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, **more)
+
+
+def tree(folder: Path) -> Tree:
+    """Every path below a folder, with the content of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def table(rows: int = 20, header: str = "sentence,label", more: str = "") -> str:
+    return (
+        "\n".join((header, *(f"the film {i} was {'great' if i % 2 else 'rude'},{i % 2}" for i in range(rows))))
+        + "\n"
+        + more
+    )
+
+
+# --- options
+
+HF_NAMES = {
+    "--epochs": "--num-train-epochs",
+    "--lr": "--learning-rate",
+    "--batch-size": "--per-device-train-batch-size",
+    "--max-length": "--max-seq-length",
+    "--model": "--model-name-or-path",
+    "--out": "--output-dir",
+    "--overwrite": "--overwrite-output-dir",
+    "--text": "--text-column-name",
+    "--label": "--label-column-name",
+    "--validation": "--validation-file",
+    "--test": "--test-file",
+    "--resume": "--resume-from-checkpoint",
+}
+NO_HF_NAME = {
+    *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
+    *("--input", "--output", "--png"),
+}
+"""A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
+
+SAMPLES = (
+    *("a_b", "3", "0.5"),
+    *(get_args(kind)[-1] for kind in (config.Recipe, config.HeadKind, config.ClassWeight)),
+    *(get_args(kind)[-1] for kind in (config.Device, config.Precision)),
+)
+
+
+def commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    found = {name: command for name, command in group.commands.items() if name != "cache"}
+    return found | {f"cache {name}": command for name, command in group.commands["cache"].commands.items()}
+
+
+def parse(name: str, arguments: list[str]) -> dict[str, Any]:
+    """The settings that a command would get; nothing is run."""
+    group: Any = typer.main.get_command(app)
+    parent = group.make_context("headstart", [name])
+    needed = [parameter.name for parameter in commands()[name].params if not parameter.opts[0].startswith("-")]
+    places = [f"given-{parameter}" for parameter in needed]
+    return dict(commands()[name].make_context(name, [*places, *arguments], parent=parent).params)
+
+
+OPTIONS = [
+    (name, parameter.name, tuple(parameter.opts), bool(getattr(parameter, "is_flag", False)))
+    for name, command in commands().items()
+    for parameter in command.params
+    if parameter.opts[0].startswith("-")
+]
+
+
+@pytest.mark.parametrize(("command", "setting", "spellings", "flag"), OPTIONS, ids=lambda value: str(value))
+def test_every_spelling_reaches_the_same_setting(
+    command: str, setting: str, spellings: tuple[str, ...], flag: bool
+) -> None:
+    default = parse(command, [])[setting]
+
+    def accepted(value: str) -> bool:
+        try:
+            return parse(command, [spellings[0], value])[setting] != default
+        except typer.BadParameter:
+            return False
+
+    value = None if flag else next(one for one in SAMPLES if accepted(one))
+    found = set()
+    for spelling in spellings:
+        for form in {spelling, "--" + spelling[2:].replace("-", "_")}:
+            for given in [[form]] if value is None else [[form, value], [f"{form}={value}"]]:
+                found.add(repr(parse(command, given)[setting]))
+    assert len(found) == 1
+    assert found != {repr(default)}
+    assert value != "a_b" or found == {"'a_b'"}, "underscores of a value are the person's"
+
+
+def test_every_option_has_its_hugging_face_name() -> None:
+    assert OPTIONS
+    for command, _, spellings, _ in OPTIONS:
+        if spellings[0] in HF_NAMES:
+            assert HF_NAMES[spellings[0]] in spellings, command
+        else:
+            assert spellings[0] in NO_HF_NAME, f"{command} {spellings[0]}: add it to one of the two lists above"
+
+
+def test_every_option_says_what_it_does() -> None:
+    for name, command in commands().items():
+        assert command.help, name
+        for parameter in command.params:
+            if parameter.name != "help":
+                assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_every_option_of_train_is_a_setting() -> None:
+    fields = {field.name for field in dataclasses.fields(config.TrainConfig)}
+    assert {setting for command, setting, _, _ in OPTIONS if command == "train"} <= fields
+
+
+def test_settings_reach_the_run(run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    given = {"epochs": 2, "batch_size": 16, "lr": 0.01, "max_length": 12, "seed": 7, "out": "a_run"}
+    spelled = {
+        "--num_train_epochs": 2,
+        "--per_device_train_batch_size": 16,
+        "--learning-rate": 0.01,
+        "--max_seq_length": 12,
+        "--seed": 7,
+        "--output_dir": "a_run",
+        "--model_name_or_path": tiny_bert,
+        "--text_column_name": "sentence",
+        "--label-column-name": "label",
+        "--class_weight": "none",
+        "--label_names": "bad one,good_one",
+        "--head": "native",
+        "--device": "cpu",
+        "--precision": "fp32",
+    }
+    ended = run("train", small_table, *(piece for pair in spelled.items() for piece in pair))
+    assert ended.code == 0, ended.err
+    info = json.loads((tmp_path / "a_run" / "headstart.json").read_text())
+    assert {name: info["settings"][name] for name in given} == given
+    assert info["settings"]["class_weight"] == "none"
+    assert info["head"]["kind"] == "native"
+    assert info["names"] == ["bad one", "good_one"]
+    assert info["max_length"] == 12
+
+
+def test_auto_length_is_the_advice_also_in_the_article_recipe(run: Run, tiny_bert: Path, small_table: Path) -> None:
+    arguments = ("train", small_table, "--recipe", "article", "--model", tiny_bert, "--epochs", 1)
+    assert "max_length 17: the article's" in run(*arguments, "--out", "one").out
+    assert "max_length 16: no text is cut" in run(*arguments, "--out", "two", "--max-length", "auto").out
+
+
+@pytest.mark.parametrize(("value", "number"), [(None, None), ("auto", "auto"), ("17", 17)])
+def test_whole_number(value: str | None, number: object) -> None:
+    assert whole_number("--max-length", value, "auto") == number
+
+
+@pytest.mark.parametrize("value", ["", "x", "-5", "1.5", "²", "seventeen"])
+def test_whole_number_refuses(value: str) -> None:
+    with pytest.raises(InputError, match="--max-length takes auto or a whole number"):
+        whole_number("--max-length", value, "auto")
+
+
+# --- nothing heavy before it is needed
+
+HEAVY = ("torch", "transformers", "tokenizers", "polars", "sklearn", "scipy", "numpy", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import headstart",
+        "from headstart.cli import main; main(['--help'])",
+        *(f"from headstart.cli import main; main({[*name.split(), '--help']})" for name in commands()),
+    ],
+)
+def test_help_and_import_load_nothing_heavy(code: str) -> None:
+    script = f"""
+import sys
+try:
+    {code}
+except SystemExit as end:
+    assert end.code == 0, end.code
+print("loaded", *sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr.split() == ["loaded"]
+    assert ("Usage:" in done.stdout) == ("--help" in code)
+
+
+# --- what is printed where
+
+
+def test_results_on_stdout_remarks_on_stderr(run: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(table(40, more=",1\nthe FILM 1 was great,1\n"))
+    ended = run("train", "t.csv", "--model", tiny_bert, "--epochs", 2, "--out", "r")
+    assert ended.code == 0
+    assert ended.err.splitlines()[0] == "t.csv: dropped 1 row with an empty text (row 42)."
+    assert "repeats an earlier row's text" in ended.err
+    assert "dropped" not in ended.out
+    for piece in (
+        "28 to train",
+        "precision",
+        "Test      accuracy",
+        "TF-IDF",
+        "Saved     r",
+        'headstart predict r "your text"',
+    ):
+        assert piece in ended.out
+    assert len(ended.out.splitlines()) <= 40, "one screen"
+
+
+def test_no_colour_and_no_bars_without_a_terminal(run: Run, tiny_bert: Path, small_table: Path) -> None:
+    ended = run("train", small_table, "--model", tiny_bert, "--epochs", 2, "--out", "r")
+    assert ended.code == 0
+    assert ended.err == ""
+    assert not {"\x1b", "\r"} & set(ended.out)
+
+
+def test_help_ends_with_0_and_goes_to_stdout(run: Run) -> None:
+    for arguments in (["--help"], ["-h"], ["train", "-h"], ["cache", "--help"]):
+        ended = run(*arguments)
+        assert ended.code == 0
+        assert ended.out.startswith("Usage: headstart")
+        assert ended.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "DATA"),
+        (["trian", "x.csv"], "trian"),
+        (["train", "x.csv", "--devic", "cpu"], "--device"),
+        (["train", "x.csv", "--device", "tpu"], "'auto', 'cpu', 'cuda', 'mps'"),
+        (["train", "x.csv", "--epochs", "many"], "--epochs"),
+        (["train", "x.csv", "--epochs", "0"], "--epochs must be more than 0"),
+        (["train", "x.csv", "--max-length", "long"], "--max-length takes auto or a whole number, not 'long'"),
+        (["train", "x.csv", "--thaw", "2"], "--thaw takes 0"),
+        (["train", "x.csv", "--recipe", "article", "--head", "native"], "leave out --head native"),
+        (["predict", "r", "a text", "--input", "x.csv"], "not both"),
+        (["predict", "r", "a text", "--output", "x.csv"], "--output goes with --input"),
+    ],
+)
+def test_wrong_use_ends_with_2(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    ended = run(*arguments)
+    assert ended.code == 2
+    assert said in ended.err
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    assert tree(tmp_path) == {}
+
+
+def test_our_own_fault_ends_with_1_and_asks_for_a_report(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("headstart.features.cache_info", broken)
+    ended = run("cache", "info")
+    assert ended.code == 1
+    assert "RuntimeError: a fault of ours" in ended.err, "the traceback is what a report needs"
+    assert "this is our fault, not yours. Please report it" in ended.err
+    assert ended.out == ""
+
+
+# --- the other commands
+
+
+def test_predict_labels_arguments(run: Run, tiny_run: Path) -> None:
+    ended = run("predict", tiny_run, "the film was superb", "the soup was awful")
+    assert ended.code == 0
+    rows = [line.split("\t") for line in ended.out.splitlines()]
+    assert [row[2] for row in rows] == ["the film was superb", "the soup was awful"]
+    assert {row[0] for row in rows} <= {"0", "1"}
+    assert all(0.5 <= float(row[1]) <= 1 for row in rows)
+    assert ended.err == ""
+
+
+def test_predict_reads_a_text_a_line_from_stdin(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"the film was great\n\n  \nth\xff soup was rude\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    ended = run("predict", tiny_run)
+    assert [line.split("\t")[2] for line in ended.out.splitlines()] == ["the film was great", "th\ufffd soup was rude"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert run("predict", tiny_run, "--input", "-").out == ended.out
+
+
+@posix
+def test_predict_without_a_text_at_a_terminal_says_what_to_give(
+    run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, terminal = os.openpty()
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        ended = run("predict", tiny_run)
+    os.close(master)
+    assert ended.code == 2
+    assert "Give texts" in ended.err
+
+
+def test_predict_says_when_a_text_was_cut(run: Run, tiny_run: Path) -> None:
+    ended = run("predict", tiny_run, "very " * 100)
+    assert ended.code == 0
+    assert "1 texts were cut to max_length" in ended.err or "1 text was cut to max_length" in ended.err
+
+
+def test_predict_from_a_table_to_a_table(run: Run, tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,sentence\n7,the film was great\n8,\n")
+    ended = run("predict", tiny_run, "--input", "in.csv", "--output", "out.jsonl")
+    assert ended.code == 0
+    assert ended.out == ""
+    assert "2 rows labelled in out.jsonl." in ended.err
+    assert "1 of them have an empty text" in ended.err or "1 of them has an empty text" in ended.err
+    rows = pl.read_ndjson(tmp_path / "out.jsonl")
+    assert rows.columns == ["id", "sentence", "prediction", "confidence", "p_0", "p_1"]
+    assert rows["prediction"].to_list()[1] is None
+
+
+def test_evaluate_prints_the_report(run: Run, tiny_run: Path, small_table: Path) -> None:
+    ended = run("evaluate", tiny_run, small_table)
+    assert ended.code == 0
+    assert "precision" in ended.out
+    assert "on 80 texts (95% interval" in ended.out
+
+
+def test_lengths_advises_and_draws(run: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("sentence\nthe film was great\nthe soup\n")
+    ended = run("lengths", "texts.csv", "--model", tiny_bert)
+    assert ended.code == 0
+    assert "Advised: --max-length 16, no text is cut, the longest has 6 tokens." in ended.out
+    assert (tmp_path / "texts-lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lengths_are_printed_where_the_terminal_knows_few_signs(
+    run: Run, tiny_bert: Path, small_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="cp1252"))
+    ended = run("lengths", small_table, "--model", tiny_bert)
+    assert ended.code == 0, ended.err
+    assert "Advised: --max-length 16" in printed.getvalue().decode("cp1252")
+
+
+def test_cache_info_and_clear(run: Run, tiny_bert: Path, small_table: Path, cache_dir: Path) -> None:
+    assert "0 texts from 0 encoders" in run("cache", "info").out
+    run("train", small_table, "--model", tiny_bert, "--epochs", 1, "--out", "r")
+    shown = run("cache", "info").out
+    assert "80 texts from 1 encoder\n" in shown
+    assert str(cache_dir) in shown
+    assert run("cache", "clear").out.startswith("Freed ")
+    assert "0 texts from 0 encoders" in run("cache", "info").out
+
+
+# --- what a table holds cannot drive the terminal
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m"
+
+
+def test_escape_characters_never_reach_the_terminal(run: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [
+        (f"{HOSTILE} the film {i} was {'great' if i % 2 else 'rude'}", f"a{HOSTILE}" if i % 2 else "b")
+        for i in range(40)
+    ]
+    frame = pl.DataFrame(rows, schema=["sentence", "label"], orient="row")
+    frame.write_csv(tmp_path / "t.csv")
+    ends = [run("train", "t.csv", "--model", tiny_bert, "--epochs", 1, "--out", "r")]
+    assert ends[0].code == 0, ends[0].err
+    ends += [run("evaluate", "r", "t.csv"), run("predict", "r", rows[0][0], rows[1][0])]
+    assert [end.code for end in ends] == [0, 0, 0]
+    frame.rename({"label": f"l{HOSTILE}"}).write_csv(tmp_path / "column.csv")
+    frame.with_columns(label=pl.lit(HOSTILE)).write_csv(tmp_path / "one.csv")
+    frame.with_columns(label=pl.lit(HOSTILE)).write_csv(tmp_path / "strange.csv")
+    ends += [run("train", name, "--model", tiny_bert, "--out", "x") for name in ("column.csv", "one.csv")]
+    ends += [run("evaluate", "r", "strange.csv"), run("train", f"no{HOSTILE}.csv")]
+    assert [end.code for end in ends[3:]] == [2, 2, 2, 2]
+    for end in ends:
+        assert not {"\x1b", "\x07", "\x9b"} & set(end.out + end.err)
+    written = pl.read_csv(tmp_path / "r" / "predictions.csv")
+    assert written["text"].str.contains("\x1b").all(), "files keep what they were given"
+
+
+# --- bad input: one sentence, exit 2, nothing written
+
+
+def copy_model(model: Path, folder: Path, **changes: bytes | None) -> None:
+    """A copy of a model folder with some files changed, or removed (None)."""
+    shutil.copytree(model, folder)
+    for name, content in changes.items():
+        path = folder / {"weights": "model.safetensors", "config": "config.json", "pickled": "pytorch_model.bin"}[name]
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+
+
+def fill(folder: Path, name: str) -> None:
+    """A folder with one table in it."""
+    folder.mkdir()
+    (folder / name).write_text(table())
+
+
+def pickled_weights() -> bytes:
+    import torch
+
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, file)
+    return file.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """One thing that a person may do wrong: the content of t.csv, more to prepare, arguments, what must be said."""
+
+    said: tuple[str, ...]
+    content: str | bytes | None = None
+    name: str = "t.csv"
+    arguments: tuple[str, ...] = ()
+    prepare: Callable[[Path, Path], object] = lambda folder, model: None
+    sentences: int = 1
+
+
+BAD = {
+    "no such file": Bad(("zzzz.parquet: no such file. Check the path",), table(), arguments=("zzzz.parquet",)),
+    "a near name": Bad(("tt.csv: no such file. Did you mean t.csv?",), table(), arguments=("tt.csv",)),
+    "a folder": Bad(
+        ("sets: is a folder; give a file in it. It holds a.csv",),
+        arguments=("sets",),
+        prepare=lambda folder, model: fill(folder / "sets", "a.csv"),
+    ),
+    "empty": Bad(("t.csv: the file is empty",), b""),
+    "binary": Bad(("t.csv: is a binary file",), bytes(range(256)) * 20),
+    "latin-1": Bad(
+        (
+            f"t.csv: byte {len(table()) + 3} (0xe9, in row 22) is not UTF-8",
+            "probably latin-1",
+            "iconv -f latin1 -t utf-8",
+        ),
+        table(more="caf").encode() + b"\xe9,1\n",
+    ),
+    "UTF-16": Bad(("t.csv: is UTF-16, not UTF-8. Save it as UTF-8",), table().encode("utf-16")),
+    "header only": Bad(("t.csv: has a header and no rows",), "sentence,label\n"),
+    "no text column": Bad(
+        ("has no text column", "'sentense', 'label'", "--text sentense"), table(header="sentense,label")
+    ),
+    "no label column": Bad(
+        ("has no label column", "'sentence', 'lable'", "--label lable"), table(header="sentence,lable")
+    ),
+    "no such column": Bad(
+        ("has no column 'setence'; its columns are 'sentence', 'label'. Did you mean 'sentence'?",),
+        table(),
+        arguments=("t.csv", "--text", "setence"),
+    ),
+    "two candidates": Bad(
+        ("'text' and 'review' could both be the text column", "--text COLUMN"),
+        table(header="text,review").replace(",", ",x,").replace("text,x,review", "text,review,label"),
+    ),
+    "a repeated column": Bad(("the column 'label' appears twice. Rename one",), table(header="label,label")),
+    "one class": Bad(
+        ("every row has the label 'yes'; at least two",), table().replace(",0", ",yes").replace(",1", ",yes")
+    ),
+    "a rare class": Bad(
+        ("t.csv: too few rows", "the label '2' has 1 row", "Merge it", "--validation and --test"),
+        table(more="a rare one,2\n"),
+    ),
+    "too many fields": Bad(("t.csv: row 22 has 3 fields where the header has 2. Put quotes",), table(more="a, b,1\n")),
+    "too few fields": Bad(("t.csv: row 22 has 1 field where the header has 2. Fill in",), table(more="abc\n")),
+    "both kinds": Bad(("row 22 has 1 field", "row 23 has 3 fields"), table(more="abc\na, b,1\n"), sentences=2),
+    "all at once": Bad(
+        ("no text column", "no label column", "row 22 has 1 field"), table(header="a1,b1", more="abc\n"), sentences=3
+    ),
+    "an open quote": Bad(("t.csv: row 22 opens a quote that is never closed",), table(more='"abc,1\nx,0\n')),
+    "all distinct": Bad(
+        ("'label' has 30 different values in 30 rows", "--label COLUMN"),
+        "sentence,label\n" + "".join(f"text {i},{i}\n" for i in range(30)),
+    ),
+    "nine rows": Bad(("t.csv: has 9 usable rows, and at least 10",), table(9)),
+    "200 rare labels": Bad(
+        ("too few rows", "194 more labels are as rare"),
+        "sentence,label\n" + "".join(f"text {i},L{i % 200}\n" for i in range(400)),
+    ),
+    "a truncated gzip": Bad(
+        ("t.csv.gz: is not a whole gzip file",), gzip.compress(table(900).encode())[:-30], "t.csv.gz"
+    ),
+    "a corrupt parquet": Bad(
+        ("t.parquet: is not a whole .parquet table",), b"PAR1" + b"\xff" * 99 + b"PAR1", "t.parquet"
+    ),
+    "broken JSON": Bad(("t.jsonl: row 2 is no record",), '{"sentence": "a", "label": 1}\n{"sent\n', "t.jsonl"),
+    "another ending": Bad(("t.xlsx: headstart reads .csv",), b"PK", "t.xlsx"),
+    "a faulty test file": Bad(
+        ("b.csv: the label 'maybe' (row 2) is not one of those trained on: 0, 1",),
+        table(),
+        arguments=("t.csv", "--test", "b.csv"),
+        prepare=lambda folder, model: (folder / "b.csv").write_text("sentence,label\na,maybe\n"),
+    ),
+    "faults in both files": Bad(
+        ("a.csv: has a header and no rows", "b.csv: no such file"),
+        table(),
+        arguments=("t.csv", "--validation", "a.csv", "--test", "b.csv"),
+        prepare=lambda folder, model: (folder / "a.csv").write_text("sentence,label\n"),
+        sentences=2,
+    ),
+    "names that do not fit": Bad(
+        ("--label-names gives 3 names, and there are 2 labels: 0, 1",),
+        table(),
+        arguments=("t.csv", "--label-names", "a,b,c"),
+    ),
+    "max_length too long": Bad(
+        ("--max-length 65:", "takes at most 64 tokens", "suggest 16"),
+        table(),
+        arguments=("t.csv", "--max-length", "65"),
+    ),
+    "out is not empty": Bad(
+        ("full: is not empty. Choose another --out, or replace it with --overwrite",),
+        table(),
+        arguments=("t.csv", "--out", "full"),
+        prepare=lambda folder, model: fill(folder / "full", "precious"),
+    ),
+    "overwriting what is no run": Bad(
+        ("full: is not a run folder (no headstart.json), so --overwrite does not replace it",),
+        table(),
+        arguments=("t.csv", "--out", "full", "--overwrite"),
+        prepare=lambda folder, model: fill(folder / "full", "precious"),
+    ),
+    "out is a file": Bad(("t.csv: is a file; --out takes a folder",), table(), arguments=("t.csv", "--out", "t.csv")),
+    "out under a file": Bad(("t.csv/run: cannot be written",), table(), arguments=("t.csv", "--out", "t.csv/run")),
+    "no weights": Bad(
+        ("m: has no weights (model.safetensors).",),
+        table(),
+        arguments=("t.csv", "--model", "m"),
+        prepare=lambda folder, model: copy_model(model, folder / "m", weights=None),
+    ),
+    "pickled weights": Bad(
+        ("m: has no weights (model.safetensors)", "never loads: convert them to safetensors"),
+        table(),
+        arguments=("t.csv", "--model", "m"),
+        prepare=lambda folder, model: copy_model(model, folder / "m", weights=None, pickled=pickled_weights()),
+    ),
+    "truncated weights": Bad(
+        ("m: ", "cannot be loaded"),
+        table(),
+        arguments=("t.csv", "--model", "m"),
+        prepare=lambda folder, model: copy_model(
+            model, folder / "m", weights=(model / "model.safetensors").read_bytes()[:-5000]
+        ),
+    ),
+    "weights of noise": Bad(
+        ("m: ", "cannot be loaded"),
+        table(),
+        arguments=("t.csv", "--model", "m"),
+        prepare=lambda folder, model: copy_model(model, folder / "m", weights=b"\xff" * 999),
+    ),
+    "a broken config": Bad(
+        ("m", "config.json"),
+        table(),
+        arguments=("t.csv", "--model", "m"),
+        prepare=lambda folder, model: copy_model(model, folder / "m", config=b"{"),
+    ),
+    "no model at all": Bad(
+        ("m: has no config.json, so it is not a model folder",),
+        table(),
+        arguments=("t.csv", "--model", "m"),
+        prepare=lambda folder, model: (folder / "m").mkdir(),
+    ),
+    "no such model folder": Bad(("--model ./m: no such folder",), table(), arguments=("t.csv", "--model", "./m")),
+    "the Hub is out of reach": Bad(
+        ("--model bert-base-uncased", "cannot be reached", "Try --model minilm"),
+        table(),
+        arguments=("t.csv", "--model", "bert-base-uncased"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_to_train(kind: str, run: Run, tmp_path: Path, tiny_bert: Path, cache_dir: Path) -> None:
+    bad = BAD[kind]
+    if bad.content is not None:
+        (tmp_path / bad.name).write_bytes(bad.content if isinstance(bad.content, bytes) else bad.content.encode())
+    bad.prepare(tmp_path, tiny_bert)
+    arguments = [*(bad.arguments or (bad.name,))]
+    if "--model" not in arguments:
+        arguments += ["--model", str(tiny_bert)]
+    before = tree(tmp_path)
+    ended = run("train", *arguments)
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    for piece in bad.said:
+        assert piece in ended.err
+    assert all(line.startswith("headstart: ") for line in ended.err.splitlines())
+    assert len(ended.err.splitlines()) == bad.sentences
+    assert "Traceback" not in ended.err
+    assert tree(tmp_path) == before, "nothing is written"
+    assert tree(cache_dir) == {}, "nothing is kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("predict", "nowhere", "text"), "nowhere: no such run folder. headstart train makes one"),
+        (("predict", "empty", "text"), "empty: is not a run folder"),
+        (("predict", "t.csv", "text"), "t.csv: "),
+        (("predict", "model", "text"), "model: holds a model without a classification head"),
+        (("evaluate", "empty", "t.csv"), "empty: is not a run folder"),
+        (("predict", "torn", "text"), "torn: "),
+        (("predict", "headless", "text"), "headless: "),
+        (("predict", "run", "--input", "gone.csv", "--output", "o.csv"), "gone.csv: no such file"),
+        (("predict", "run", "--input", "ragged.csv", "--output", "o.csv"), "ragged.csv: row 22 has 3 fields"),
+        (("predict", "run", "--input", "t.csv", "--output", "o.xlsx"), "o.xlsx: headstart reads"),
+        (("predict", "run", "--input", "t.csv", "--output", "t.csv"), "t.csv: is the input"),
+        (("predict", "run", "--input", "t.csv", "--output", "ragged.csv/o.csv"), "ragged.csv/o.csv: cannot be written"),
+        (("predict", "run", "--input", "t.csv", "--text", "texts"), "has no column 'texts'"),
+        (("evaluate", "run", "strange.csv"), "the label 'maybe' (row 2) is not one of those trained on: 0, 1"),
+        (("evaluate", "run", "gone.csv"), "gone.csv: no such file"),
+        (("lengths", "gone.csv", "--model", "model"), "gone.csv: no such file"),
+        (("lengths", "t.csv", "--model", "empty"), "empty: has no config.json"),
+        (("lengths", "t.csv", "--model", "model", "--png", "no/x.png"), "no/x.png: cannot be written"),
+    ],
+)
+def test_bad_input_to_other_commands(
+    arguments: tuple[str, ...], said: str, run: Run, tmp_path: Path, tiny_bert: Path, tiny_run: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t.csv").write_text(table())
+    (tmp_path / "ragged.csv").write_text(table(more="a, b,1\n"))
+    (tmp_path / "strange.csv").write_text("sentence,label\na,maybe\nb,1\n")
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    for name in ("run", "torn", "headless"):
+        shutil.copytree(tiny_run, tmp_path / name)
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3000])
+    (tmp_path / "headless" / "config.json").unlink()
+    before = tree(tmp_path)
+    ended = run(*arguments)
+    assert ended.code == 2, ended.err
+    assert said in ended.err
+    assert ended.out == ""
+    assert ended.err.startswith("headstart: ")
+    assert len(ended.err.splitlines()) == 1
+    assert tree(tmp_path) == before, "nothing is written"
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "a torn end", "noise"])
+def test_a_damaged_store_entry_is_computed_again(
+    damage: str, run: Run, tiny_bert: Path, small_table: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ("train", small_table, "--model", tiny_bert, "--epochs", 2, "--seed", 3, "--out")
+    assert run(*arguments, "one").code == 0
+    (segment,) = cache_dir.rglob("*.safetensors")
+    whole = segment.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    segment.write_bytes({"a flipped bit": flipped, "a torn end": whole[:-500], "noise": b"\xff" * 999}[damage])
+    again = run(*arguments, "two")
+    assert again.code == 0
+    assert "encoded again" in again.err
+    assert str(segment) in again.err
+    numbers = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert numbers[1]["features"]["encoded"] > 0
+    assert numbers[0]["test"] == numbers[1]["test"]
+    third = run(*arguments, "three")
+    assert (third.code, third.err) == (0, ""), "mended"
+
+
+def test_a_person_replaces_a_run_with_overwrite(run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    arguments = ("train", small_table, "--model", tiny_bert, "--epochs", 1, "--out", "r")
+    assert run(*arguments).code == 0
+    (tmp_path / "r" / "left over").write_text("x")
+    assert run(*arguments).code == 2
+    assert run(*arguments, "--overwrite").code == 0
+    assert not (tmp_path / "r" / "left over").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "small.csv"]
+
+
+# --- the disk
+
+
+def obey_modes() -> None:
+    """In the child: root, too, shall be refused what a file's mode forbids."""
+    import ctypes
+
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; another user may not and need not
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drops a capability of Linux")
+def test_a_forbidden_folder_and_a_forbidden_file(tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "forbidden"
+    folder.mkdir()
+    folder.chmod(0o555)
+    secret = tmp_path / "secret.csv"
+    shutil.copy(small_table, secret)
+    secret.chmod(0)
+    before = tree(tmp_path)
+    commands = [
+        ["train", small_table, "--out", folder / "deep" / "run", "--model", tiny_bert],
+        ["train", secret, "--out", tmp_path / "run", "--model", tiny_bert],
+        ["lengths", small_table, "--png", folder / "x.png", "--model", tiny_bert],
+    ]
+    script = f"""
+from headstart.cli import main
+for arguments in {[list(map(str, command)) for command in commands]}:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(end.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=obey_modes, timeout=60
+    )
+    assert done.stdout.split() == ["2", "2", "2"], done.stderr
+    refusal = "cannot be written (no permission). Choose another folder or change its mode."
+    assert done.stderr.splitlines() == [
+        f"headstart: {folder}/deep/run: {refusal}",
+        f"headstart: {secret}: cannot be read (no permission).",
+        f"headstart: {folder}/x.png: {refusal}",
+    ]
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 100 kB; the test is skipped where mounting is not permitted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(
+    run: Run, tiny_bert: Path, tiny_run: Path, small_table: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small_disk / "filler").write_bytes(b"x" * 60_000)
+    before = tree(small_disk)
+    filled = (
+        ("train", small_table, "--model", tiny_bert, "--epochs", 1, "--out", small_disk / "run"),
+        ("predict", tiny_run, "--input", "long.csv", "--output", small_disk / "o.csv"),
+        ("predict", tiny_run, "--input", "long.csv", "--output", small_disk / "o.parquet"),
+        ("predict", tiny_run, "--input", "long.csv", "--output", small_disk / "o.jsonl.gz"),
+    )
+    letters = iter(os.urandom(200_000).hex())
+    long = "".join(f"the film was {''.join(next(letters) for _ in range(900))}\n" for _ in range(200))
+    Path("long.csv").write_text("sentence\n" + long)
+    for arguments in filled:
+        ended = run(*arguments)
+        assert ended.code == 2, (arguments, ended.err)
+        assert "the disk is full. Free some space" in ended.err
+        assert str(small_disk) in ended.err
+        assert len(ended.err.splitlines()) == 1
+        assert tree(small_disk) == before, "nothing is left half-written"
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(small_disk / "cache"))
+    (small_disk / "filler").write_bytes(b"x" * 90_000)
+    ended = run("train", small_table, "--model", tiny_bert, "--epochs", 1, "--out", "r")
+    assert ended.code == 2
+    assert "cache/features: the disk is full" in ended.err
+    assert not list(small_disk.rglob("*.tmp"))
+    assert not list(small_disk.rglob("*.safetensors"))
+    assert not Path("r").exists()
+
+
+@posix
+def test_a_limit_on_file_sizes(run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    import resource
+
+    before = tree(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        ended = run("train", small_table, "--model", tiny_bert, "--epochs", 1, "--out", "new/run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.code == 2, ended.err
+    assert ended.err == (
+        "headstart: new/run: the disk is full. Free some space or choose another --out, and run it again.\n"
+    )
+    assert set(tree(tmp_path)) - set(before) <= {"new"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_stdout(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115  # closing it fails, as it should
+    monkeypatch.setattr("sys.stdout", full)
+    ended = run("predict", tiny_run, "the film was great")
+    assert ended.code == 2
+    assert "the disk is full" in ended.err
+    assert "Traceback" not in ended.err
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        full.close()
+
+
+# --- Ctrl-C
+
+
+@contextlib.contextmanager
+def on_a_terminal(
+    arguments: list[object], folder: Path
+) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[str], str]]]:
+    """The real command line with stderr on a terminal, and a function that reads it up to some words (or the end)."""
+    master, terminal = os.openpty()
+    environment = {"TERM": "xterm", "COLUMNS": "160"}
+    with start(arguments, folder, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        shown = ""
+
+        def read_until(words: str) -> str:
+            nonlocal shown
+            while words not in shown:
+                try:
+                    piece = os.read(master, 65536)
+                except OSError:  # Linux ends a closed pseudo-terminal so
+                    piece = b""
+                if not piece:
+                    break
+                shown += piece.decode("utf-8", "replace")
+            return shown
+
+        try:
+            yield process, read_until
+        finally:
+            process.kill()
+            os.close(master)
+
+
+def copies(folder: Path, times: int) -> Path:
+    """Few distinct texts, many rows: quick to encode, long to train on."""
+    rows = [
+        f"the {noun} was {word},{int(word == 'great')}"
+        for noun in ("film", "soup", "app")
+        for word in ("great", "rude")
+    ]
+    path = folder / "copies.csv"
+    path.write_text("\n".join(["sentence,label", *rows * times]) + "\n")
+    return path
+
+
+@posix
+def test_ctrl_c_before_anything_is_kept(tiny_bert: Path, tmp_path: Path) -> None:
+    data = copies(tmp_path, 20_000)  # the first epoch takes 84,000 steps
+    arguments = ["train", data, "--recipe", "article", "--model", tiny_bert, "--batch-size", 1, "--out", tmp_path / "r"]
+    with on_a_terminal(arguments, tmp_path) as (process, read_until):
+        assert "training" in read_until("training")
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        end = read_until("the end")
+    assert process.returncode == 130
+    assert out == b""
+    assert "headstart: interrupted; nothing was kept." in end
+    assert "Traceback" not in end
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copies.csv"]
+
+
+@posix
+@pytest.mark.parametrize(
+    ("recipe", "words", "settings"),
+    [("article", "validation", ("--epochs", 10**6)), ("headstart", "best loss", ("--batch-size", 1, "--epochs", 20))],
+)
+def test_ctrl_c_keeps_tests_and_saves_the_best_so_far(
+    recipe: str, words: str, settings: tuple[object, ...], run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", small_table, "--recipe", recipe, "--model", tiny_bert, "--out", "r", *settings]
+    with on_a_terminal(arguments, tmp_path) as (process, read_until):
+        assert words in read_until(words), "an epoch or a head is done"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        end = read_until("the end")
+    assert process.returncode == 130, end
+    assert "Ctrl-C: training ended early; the best head so far was tested and saved." in end
+    assert "Test      accuracy" in out.decode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "small.csv"]
+    info = json.loads((tmp_path / "r" / "headstart.json").read_text())
+    assert info["interrupted"] is True
+    assert len(info["history"]) >= 1
+    assert run("predict", "r", "the film was great").code == 0
