@@ -226,9 +226,9 @@ def cache_clear() -> None:
 
 
 DEMO_TEXTS = (
-    "An hour in I had forgotten my popcorn, which says everything.",
+    "A warm, funny film that flew by.",
     "Not the worst hotel I have stayed in, but I would not go back.",
-    "The app has never let me down, not even on a bad train connection.",
+    "The update deleted my notes and nobody at support has answered.",
 )
 
 

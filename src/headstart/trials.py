@@ -99,7 +99,9 @@ class TrainedHead:
         if self.spec is None:
             return {"kind": "native", **settings, "description": f"the architecture's own, {epoch}"}
         width = f"{self.spec.width} hidden units" if self.spec.width else "linear"
-        reads = " + ".join(name.replace("mean-", "mean of layer ") for name in self.features)
+        layers = ", ".join(name.removeprefix("mean-") for name in self.features if name.startswith("mean-"))
+        others = [name for name in self.features if not name.startswith("mean-")]
+        reads = " and ".join([*others, *([f"means of layers {layers}"] if layers else [])])
         chosen = f"best of {self.tried} tried on validation data, " if self.tried > 1 else ""
         words = f"pooled, {width}, on {reads}; {chosen}{epoch}"
         return {"kind": "pooled", **asdict(self.spec), **settings, "description": words}
