@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from headstart.config import Device, Precision
-from headstart.data import file_format, find_column, parsing, resolve_path, scan
 from headstart.encoder import choose_placement
 from headstart.errors import DataError, disk_errors
 from headstart.model import Classifier, load_run
 from headstart.progress import bar
+from headstart.tables import file_format, find_column, parsing, resolve_path, scan
 from headstart.tokens import like_length_batches
 
-CHUNK_ROWS = 8192
+CHUNK_ROWS = 2048
 MOST_TOKENS = 2048
 READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1"}
 """Left to itself polars reads a few hundred megabytes of a CSV ahead of a slow reader, which scoring is."""
