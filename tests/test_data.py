@@ -485,6 +485,25 @@ def test_a_stray_quote_inside_a_field_is_text(tmp_path: Path) -> None:
     assert load(write(tmp_path, lines(*good(), 'the "best" one,0', *good()))).texts[20] == 'the "best" one'
 
 
+def test_a_carriage_return_inside_a_field_is_text(tmp_path: Path) -> None:
+    rows = [*good(), "one\rtwo,1", '"three\rfour",0']
+    assert load(write(tmp_path, lines(*rows))).texts[-2:] == ["one\rtwo", "three\rfour"]
+    with pytest.raises(DataError) as caught:
+        load(write(tmp_path, lines(*rows, "abc")))
+    assert len(caught.value.problems) == 1
+    assert "row 24 has 1 field" in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [4095, 4096, 4097, 4096 + (1 << 20) - 1])
+def test_the_bad_byte_is_found_past_characters_on_the_edge_of_a_block(tmp_path: Path, at: int) -> None:
+    head = b"sentence,label\n"
+    content = head + b"x" * (at - len(head)) + "é,1\n".encode()
+    with pytest.raises(DataError, match="at least 10"):
+        load(write(tmp_path, content))
+    with pytest.raises(DataError, match=rf"byte {len(content) + 1} \(0xe9, in row 3\)"):
+        load(write(tmp_path, content + b"y\xe9,1\n"))
+
+
 def test_a_lone_quote_is_named(tmp_path: Path) -> None:
     rows = [*good(), 'a 5" screen,1', *good(), 'a 6" screen,1']
     with pytest.raises(DataError, match=r"rows 22 and 43 have a lone quote\. Put quotes around the text, and double"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import headstart
-from headstart import modeling_headstart
+from headstart import modeling_headstart, predict
 from headstart.modeling_headstart import HeadstartConfig, HeadstartForSequenceClassification, PooledHead, pool
 
 TEXTS = ["the film was superb", "the waiter was rude and the soup was awful at the end", "zebra!"]
@@ -134,7 +134,7 @@ def test_transformers_pipelines_agree_with_headstart(
     answers = json.loads(done.stdout.splitlines()[-1])
     assert "trust_remote_code=True" in answers["refusal"], "without leave to run its code it must not load at all"
     for name, folder in (("pooled", tiny_run), ("native", tmp_path / "native")):
-        predictor = headstart.load(folder)
+        predictor = predict.load(folder, precision="fp32")  # what transformers computes in
         expected = predictor.predict_proba(TEXTS)
         for answer, row in zip(answers[name], [*expected, *expected], strict=True):
             scores = {one["label"]: one["score"] for one in answer}

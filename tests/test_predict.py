@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 import headstart
-from headstart import data, predict
+from headstart import predict, tables
 from headstart.errors import DataError, DiskError
 from headstart.predict import Predictor, label_lines, predict_file, probabilities_of, write_frames
 
@@ -144,7 +144,7 @@ def table(rows: int = 12) -> pl.DataFrame:
 
 def write_table(frame: pl.DataFrame, path: Path) -> Path:
     empty = frame.clear()
-    ending = data.file_format(str(path))
+    ending = tables.file_format(str(path))
     if ending == ".parquet":
         frame.write_parquet(path)
     else:
@@ -160,7 +160,7 @@ def test_any_format_in_and_any_out(given: str, to: str, predictor: Predictor, tm
     target = tmp_path / "deep" / f"out{to}"
     summary = predict_file(predictor, str(source), str(target))
     assert (summary.rows, summary.blank, summary.cut) == (12, 2, 4)
-    got = data.scan(str(target)).collect()
+    got = tables.scan(str(target)).collect()
     assert got.columns == ["id", "sentence", "note", *ADDED]
     assert got["id"].cast(pl.String).to_list() == table()["id"].to_list()
     assert got["note"].to_list() == table()["note"].to_list()
@@ -197,7 +197,7 @@ def test_many_chunks_keep_their_order(predictor: Predictor, tmp_path: Path) -> N
     for name in ("out.csv", "out.json", "out.parquet"):
         summary = predict_file(predictor, str(source), str(tmp_path / name))
         assert summary.rows == rows
-        got = data.scan(str(tmp_path / name)).collect()
+        got = tables.scan(str(tmp_path / name)).collect()
         assert got["id"].cast(pl.String).to_list() == table(rows)["id"].to_list()
         assert got["prediction"].to_list() == (got["prediction"].to_list()[:7] * rows)[:rows]
 

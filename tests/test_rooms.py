@@ -11,6 +11,7 @@ ROOMS = (
     "errors",
     "config",
     "progress",
+    "tables",
     "data",
     "tokens",
     "engine",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart import data, metrics, report
+from headstart import data, metrics, report, tables
 from headstart.config import TrainConfig
 from headstart.data import Dataset, Splits
 from headstart.encoder import Encoder, choose_placement, load_encoder
@@ -157,7 +157,7 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
 def default_name(source: str) -> str:
     """A run's name from the name of its data: `reviews.csv.gz` gives `reviews`."""
     name = Path(source).name
-    for ending in (".gz", *data.FORMATS):
+    for ending in (".gz", *tables.FORMATS):
         name = name.removesuffix(ending)
     return name or "run"
 
@@ -268,7 +268,7 @@ def evaluate(predictor: Predictor, source: str, text: str | None = None, label: 
     index = {name: i for i, name in enumerate(names)}
     index |= {raw: i for i, raw in enumerate(info.get("labels", [])) if raw not in index}
     trained_text, trained_label = info.get("columns", (None, None))
-    columns = data.scan(data.resolve_path(source)).collect_schema().names()
+    columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
     table = data.load(
         source,
         text or (trained_text if trained_text in columns else None),
