@@ -1,0 +1,328 @@
+"""Our own frozen pass against transformers' forward in fp32, what it does not compute, and the twins it must match."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from headstart import modeling_headstart
+from headstart.encoder import choose_placement, config_dict, encode, load_config, load_encoder
+from headstart.engine import FAMILIES, Engine, PooledHead, PooledScorer, pooled_output, supports
+
+CPU = torch.device("cpu")
+EVERYTHING = ("cls", "mean-0", "mean-1", "mean-2", "mean-3")
+LENGTHS = (64, 3, 17, 2, 30, 1)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny encoder three ways: as transformers runs it, its config.json and its tensors."""
+
+    model: Any
+    config: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+    def engine(self, **changes: torch.Tensor | None) -> Engine:
+        """An engine on these tensors, some of them replaced, or left out (None)."""
+        weights = {name: tensor for name, tensor in {**self.weights, **changes}.items() if tensor is not None}
+        return Engine(self.config, weights, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_models: Callable[[str], Path]) -> Callable[[str], Tiny]:
+    def load(family: str) -> Tiny:
+        from transformers import AutoModel
+
+        folder = tiny_models(family)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        return Tiny(model, config_dict(load_config(folder)), load_file(folder / "model.safetensors"))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def bert(tiny: Callable[[str], Tiny]) -> Tiny:
+    return tiny("bert")
+
+
+def batch(pad_id: int, lengths: Sequence[int] = LENGTHS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids, none of them special, padded on the right, and their mask."""
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(10, 70, mask.shape, generator=generator)
+    return torch.where(mask.bool(), ids, pad_id), mask
+
+
+def by_transformers(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """EVERYTHING of each text, by transformers' own forward on the same batch."""
+    with torch.inference_mode():
+        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    rows = []
+    for text, length in enumerate(mask.sum(dim=1).tolist()):
+        means = [layer[text, :length].double().mean(dim=0) for layer in output.hidden_states]
+        rows.append(torch.stack([output.last_hidden_state[text, 0].double(), *means]))
+    return torch.stack(rows).float()
+
+
+def run(engine: Engine, layout: Sequence[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return engine(ids, mask, layout)
+
+
+def work(engine: Engine, *layout: str) -> int:
+    """The floating-point operations of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run(engine, layout, *batch(0))
+    return int(counter.get_total_flops())
+
+
+# --- the arithmetic
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_vector_is_transformers(family: str, tiny: Callable[[str], Tiny]) -> None:
+    one = tiny(family)
+    ids, mask = batch(one.config["pad_token_id"])
+    got = run(one.engine(), EVERYTHING, ids, mask)
+    assert got.shape == (len(LENGTHS), len(EVERYTHING), 32)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, by_transformers(one.model, ids, mask), **CLOSE)
+    assert len(torch.unique(got[0], dim=0)) == len(EVERYTHING), "a wrong layer would be seen"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_padding_too(family: str, tiny: Callable[[str], Tiny]) -> None:
+    # Attention then gets no mask at all.
+    one = tiny(family)
+    ids, mask = batch(one.config["pad_token_id"], (9, 9, 9))
+    torch.testing.assert_close(run(one.engine(), EVERYTHING, ids, mask), by_transformers(one.model, ids, mask), **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_fills_a_text_is_never_read(family: str, tiny: Callable[[str], Tiny]) -> None:
+    engine = tiny(family).engine()
+    ids, mask = batch(0)
+    other = torch.where(mask.bool(), ids, 42)
+    assert not torch.equal(ids, other)
+    torch.testing.assert_close(run(engine, EVERYTHING, other, mask), run(engine, EVERYTHING, ids, mask), **CLOSE)
+
+
+def test_vectors_come_in_the_order_asked_for(bert: Tiny) -> None:
+    ids, mask = batch(0)
+    whole = run(bert.engine(), EVERYTHING, ids, mask)
+    assert torch.equal(run(bert.engine(), EVERYTHING[::-1], ids, mask), whole.flip(1))
+    torch.testing.assert_close(run(bert.engine(), ("mean-2", "mean-0"), ids, mask), whole[:, [3, 1]], **CLOSE)
+
+
+def test_it_follows_the_configurations_epsilon(bert: Tiny) -> None:
+    ids, mask = batch(0)
+    coarse = Engine({**bert.config, "layer_norm_eps": 0.5}, bert.weights, CPU, torch.float32)
+    bert_again = type(bert.model)(type(bert.model.config)(**{**bert.model.config.to_dict(), "layer_norm_eps": 0.5}))
+    bert_again.load_state_dict(bert.model.state_dict())
+    got = run(coarse, EVERYTHING, ids, mask)
+    torch.testing.assert_close(got, by_transformers(bert_again.eval(), ids, mask), **CLOSE)
+    assert not torch.allclose(got, run(bert.engine(), EVERYTHING, ids, mask), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_weights_stay_as_they_were(family: str, tiny: Callable[[str], Tiny]) -> None:
+    # It adds in place, and in fp32 on the CPU its tensors are the caller's own, which are saved with the run.
+    one = tiny(family)
+    before = {name: tensor.clone() for name, tensor in one.weights.items()}
+    engine = one.engine()
+    first = run(engine, EVERYTHING, *batch(0))
+    assert torch.equal(run(engine, EVERYTHING, *batch(0)), first)
+    assert all(torch.equal(one.weights[name], tensor) for name, tensor in before.items())
+
+
+# --- what is not computed
+
+
+@pytest.mark.parametrize("highest", [0, 1, 2])
+def test_layers_above_the_highest_read_are_not_run(bert: Tiny, highest: int) -> None:
+    """What no answer needs can be poisoned, and costs what an encoder without those layers costs."""
+    layout = [f"mean-{layer}" for layer in range(highest + 1)]
+    above = [name for name in bert.weights if any(f"layer.{i}." in name for i in range(highest, 3))]
+    poisoned = bert.engine(**{name: torch.full_like(bert.weights[name], torch.nan) for name in above})
+    ids, mask = batch(0)
+    assert torch.equal(run(poisoned, layout, ids, mask), run(bert.engine(), layout, ids, mask))
+    assert run(poisoned, (*layout, f"mean-{highest + 1}"), ids, mask)[:, -1].isnan().all(), "the poison works"
+    shorter = Engine({**bert.config, "num_hidden_layers": highest}, bert.weights, CPU, torch.float32)
+    assert work(bert.engine(), *layout) == work(shorter, *layout)
+    assert work(bert.engine(), *layout) < work(bert.engine(), f"mean-{highest + 1}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_for_the_first_token_alone_is_the_same(family: str, tiny: Callable[[str], Tiny]) -> None:
+    engine = tiny(family).engine()
+    ids, mask = batch(0)
+    for layout in (("cls",), ("cls", "mean-1", "mean-2")):
+        alone = run(engine, layout, ids, mask)
+        beside = run(engine, (*layout, "mean-3"), ids, mask)
+        torch.testing.assert_close(alone, beside[:, :-1], rtol=1e-6, atol=1e-6)
+        a_mean = work(engine, "mean-1", "mean-0") - work(engine, "mean-1")
+        more = work(engine, *layout, "mean-3") - work(engine, *layout)
+        assert more > 2 * a_mean > 0, "taking a mean is not all that is saved"
+
+
+# --- which architectures it takes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_it_knows_are_run_by_it(family: str, tiny_models: Callable[[str], Path]) -> None:
+    folder = tiny_models(family)
+    assert supports(config_dict(load_config(folder)))
+    assert load_encoder(str(folder), choose_placement("cpu", "fp32")).engine is not None
+
+
+@pytest.mark.parametrize("family", ["albert", "mpnet", "deberta-v2", "modernbert"])
+def test_other_families_are_not(family: str, tiny_models: Callable[[str], Path]) -> None:
+    assert not supports(config_dict(load_config(tiny_models(family))))
+    assert load_encoder(str(tiny_models(family)), choose_placement("cpu", "fp32")).engine is None
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "another activation": {"hidden_act": "gelu_new"},
+    "another activation in DistilBERT's words": {"model_type": "distilbert", "activation": "relu"},
+    "relative positions": {"position_embedding_type": "relative_key"},
+    "a decoder": {"model_type": "roberta", "is_decoder": True},
+    "a relative of RoBERTa": {"model_type": "camembert"},
+    "no model type": {"model_type": None},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_it_would_get_wrong_is_refused(what: str) -> None:
+    plain = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+    if "activation" in REFUSED[what]:
+        plain["activation"] = plain.pop("hidden_act")
+    for family in FAMILIES:
+        assert supports({"model_type": family, **plain})
+    assert not supports({"model_type": "bert", **plain, **REFUSED[what]})
+
+
+def test_an_architecture_refused_is_still_answered_right(bert: Tiny, tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    changed = BertModel(type(bert.model.config)(**{**bert.model.config.to_dict(), "hidden_act": "relu"}))
+    changed.load_state_dict(bert.model.state_dict())
+    changed.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), choose_placement("cpu", "fp32"))
+    assert encoder.engine is None
+    tokens = encoder.tokenizer(["the film was superb"])
+    ((_, got),) = encode(encoder, tokens, EVERYTHING)
+    ids = torch.from_numpy(tokens[0][None].astype(np.int64))
+    expected = by_transformers(changed.eval(), ids, torch.ones_like(ids))
+    np.testing.assert_allclose(got[0], expected[0].numpy(), rtol=2**-11, atol=1e-5)
+    mine = run(bert.engine(), EVERYTHING, ids, torch.ones_like(ids))
+    assert not torch.allclose(mine, expected, atol=1e-2), "with the other activation the answer is another"
+
+
+# --- weights that do not fit
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embeddings.word_embeddings.weight",
+        "embeddings.token_type_embeddings.weight",
+        "embeddings.LayerNorm.bias",
+        "encoder.layer.2.attention.self.key.weight",
+        "encoder.layer.0.output.LayerNorm.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(name: str, bert: Tiny) -> None:
+    with pytest.raises(KeyError, match=name.replace(".", r"\.")):
+        bert.engine(**{name: None})
+
+
+def test_a_layer_too_many_is_missed(bert: Tiny) -> None:
+    with pytest.raises(KeyError, match=r"encoder\.layer\.3\."):
+        Engine({**bert.config, "num_hidden_layers": 4}, bert.weights, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("hidden", [16, 64])
+def test_weights_of_another_width_are_refused(hidden: int, bert: Tiny) -> None:
+    with pytest.raises(ValueError, match="another width than the configuration"):
+        Engine({**bert.config, "hidden_size": hidden}, bert.weights, CPU, torch.float32)
+
+
+# --- the pooled output and the head
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
+def test_the_pooled_output_is_transformers(family: str, tiny: Callable[[str], Tiny]) -> None:
+    one = tiny(family)
+    ids, mask = batch(one.config["pad_token_id"])
+    with torch.inference_mode():
+        output = one.model(input_ids=ids, attention_mask=mask)
+        got = pooled_output(one.weights, output.last_hidden_state[:, 0])
+    torch.testing.assert_close(got, output.pooler_output, rtol=1e-5, atol=1e-6)
+    assert got.std(dim=0).min() > 0
+
+
+def test_without_a_pooler_there_is_no_pooled_output(tiny: Callable[[str], Tiny]) -> None:
+    with pytest.raises(KeyError, match="pooler"):
+        pooled_output(tiny("distilbert").weights, torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize("width", [0, 6])
+def test_the_two_pooled_heads_are_twins(width: int) -> None:
+    """The same seed gives both the same weights under the same names, and the same logits, also with dropout on."""
+
+    def made(kind: Callable[..., nn.Module]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(1)
+        head = kind(8, width, 3, 0.5)
+        head.get_buffer("mean").normal_()
+        head.get_buffer("scale").uniform_(0.5, 2)
+        inputs = torch.randn(5, 8)
+        return head.state_dict(), [head.train()(inputs), head.eval()(inputs)]
+
+    state, logits = made(PooledHead)
+    twin_state, twin_logits = made(modeling_headstart.PooledHead)
+    assert list(state) == list(twin_state)
+    assert ("hidden.weight" in state) == (width > 0)
+    assert all(torch.equal(state[name], twin_state[name]) for name in state)
+    assert all(torch.equal(one, other) for one, other in zip(logits, twin_logits, strict=True))
+    assert torch.equal(logits[0], logits[1]) == (width == 0), "dropout is for a hidden layer only"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("features", "width"), [(("mean-0", "cls"), 0), (("mean-3", "mean-1"), 6)])
+def test_a_saved_classifier_scores_as_its_transformers_class_does(
+    family: str, features: tuple[str, ...], width: int, tiny: Callable[[str], Tiny]
+) -> None:
+    _scores_alike(tiny(family), features, width)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_saved_classifier_with_the_pooled_output_does_too(family: str, tiny: Callable[[str], Tiny]) -> None:
+    _scores_alike(tiny(family), ("mean-2", "pooler"), 6)
+
+
+def _scores_alike(one: Tiny, features: tuple[str, ...], width: int) -> None:
+    settings: dict[str, Any] = {"head_features": features, "head_width": width, "head_dropout": 0.4, "num_labels": 3}
+    config = modeling_headstart.HeadstartConfig(encoder=one.config, **settings)
+    torch.manual_seed(5)
+    model = modeling_headstart.HeadstartForSequenceClassification(config).eval()
+    model.encoder.load_state_dict(one.weights, strict=False)
+    model.head.mean.normal_()
+    model.head.scale.uniform_(0.5, 2)
+    ids, mask = batch(one.config["pad_token_id"])
+    plain = json.loads(json.dumps({"encoder": one.config, **settings}, default=str))  # as config.json holds it
+    with torch.inference_mode():
+        got = PooledScorer(plain, model.state_dict(), CPU, torch.float32)(ids, mask)
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    # Features are rounded to half precision on the way; one on the edge may be rounded the other way.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    assert expected.std(dim=0).max() > 0.1, "texts should get answers of their own"

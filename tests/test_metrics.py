@@ -1,0 +1,230 @@
+"""The numbers against published ones, numbers worked out by hand, and other ways to compute them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from headstart.metrics import accuracy_interval, baselines, calibration_error, evaluate, report_text
+
+NAMES = ("bad", "good", "so-so")
+TRUTH = np.array([0, 0, 0, 0, 1, 1])
+SAID = np.array(
+    [
+        [0.80, 0.10, 0.10],
+        [0.60, 0.20, 0.20],
+        [0.30, 0.50, 0.20],
+        [0.10, 0.20, 0.70],
+        [0.05, 0.90, 0.05],
+        [0.45, 0.40, 0.15],
+    ]
+)
+"""Predicted 0 0 1 2 1 0: three of six right, and nothing is truly so-so."""
+
+
+def share_of(labels: list[int], names: int = 2) -> NDArray[np.float64]:
+    """Probabilities that say these labels, surely."""
+    return np.eye(names)[labels]
+
+
+# --- one part of the data
+
+
+def test_every_number_as_worked_out_by_hand() -> None:
+    got = evaluate(SAID, TRUTH, NAMES)
+    assert got["n"] == 6
+    assert got["accuracy"] == 3 / 6
+    assert got["labels"] == ["bad", "good", "so-so"]
+    assert got["per_label"] == {
+        "bad": {"precision": pytest.approx(2 / 3), "recall": 2 / 4, "f1": pytest.approx(4 / 7), "support": 4},
+        "good": {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2},
+        "so-so": {"precision": 0, "recall": 0, "f1": 0, "support": 0},
+    }
+    assert got["macro_f1"] == pytest.approx((4 / 7 + 1 / 2) / 2), "over the labels that are there"
+    assert got["confusion_matrix"] == [[2, 1, 1], [1, 1, 0], [0, 0, 0]], "a row for each true label"
+    shares = (0.80, 0.60, 0.30, 0.10, 0.90, 0.40)
+    assert got["log_loss"] == pytest.approx(-sum(math.log(share) for share in shares) / 6)
+    assert got["accuracy_ci95"] == list(accuracy_interval(3, 6))
+    assert got["ece"] == calibration_error(SAID, TRUTH)
+
+
+def test_all_numbers_are_plain_and_can_be_written() -> None:
+    got = evaluate(SAID, TRUTH, NAMES)
+    kinds = {type(value) for value in (*got.values(), *got["per_label"]["bad"].values(), *got["confusion_matrix"][0])}
+    assert kinds == {int, float, list, dict}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(1, 1000), min_size=4, max_size=4)), min_size=1, max_size=40
+    )
+)
+def test_any_answers_counted_one_by_one(rows: list[tuple[int, list[int]]]) -> None:
+    truth = np.array([label for label, _ in rows])
+    said = np.array([counts for _, counts in rows], dtype=np.float64)
+    said /= said.sum(axis=1, keepdims=True)
+    got = evaluate(said, truth, ("a", "b", "c", "d"))
+    table = [[0] * 4 for _ in range(4)]
+    for label, row in zip(truth.tolist(), said.tolist(), strict=True):
+        table[label][row.index(max(row))] += 1
+    assert got["confusion_matrix"] == table
+    assert got["accuracy"] == pytest.approx(sum(table[i][i] for i in range(4)) / len(rows))
+    for i, name in enumerate("abcd"):
+        true, told = sum(table[i]), sum(table[j][i] for j in range(4))
+        one = got["per_label"][name]
+        assert one["support"] == true
+        assert one["recall"] == pytest.approx(table[i][i] / true if true else 0)
+        assert one["precision"] == pytest.approx(table[i][i] / told if told else 0)
+        assert one["f1"] == pytest.approx(2 * table[i][i] / (true + told) if true + told else 0)
+    present = sorted(set(truth.tolist()))
+    assert got["macro_f1"] == pytest.approx(sum(got["per_label"]["abcd"[i]]["f1"] for i in present) / len(present))
+    assert got["log_loss"] == pytest.approx(
+        -sum(math.log(row[label]) for label, row in zip(truth.tolist(), said.tolist(), strict=True)) / len(rows)
+    )
+
+
+def test_sure_and_wrong_is_a_large_number_and_not_infinite() -> None:
+    got = evaluate(share_of([0, 1]), np.array([0, 0]), ("a", "b"))
+    assert 10 < got["log_loss"] < 100, "JSON has no infinity"
+    assert got["ece"] == 0.5
+    assert evaluate(share_of([0, 1]), np.array([0, 1]), ("a", "b"))["log_loss"] == pytest.approx(0, abs=1e-9)
+
+
+def test_one_text_is_enough() -> None:
+    got = evaluate(np.array([[0.3, 0.7]]), np.array([1]), ("a", "b"))
+    assert (got["n"], got["accuracy"], got["macro_f1"]) == (1, 1, 1)
+    assert got["log_loss"] == pytest.approx(-math.log(0.7))
+
+
+# --- the interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_intervals_as_published(correct: int, n: int, low: float, high: float) -> None:
+    assert accuracy_interval(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert accuracy_interval(n - correct, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@given(n=st.integers(1, 100_000), share=st.floats(0, 1))
+def test_the_interval_is_wilsons(n: int, share: float) -> None:
+    """Its ends are the shares whose own standard error puts them 1.96 of it away from what was seen."""
+    correct = round(n * share)
+    low, high = accuracy_interval(correct, n)
+    assert 0 <= low <= correct / n <= high <= 1
+    for end in (low, high):
+        away = (correct / n - end) ** 2
+        assert away == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-4, abs=1e-12)
+
+
+# --- calibration
+
+
+def test_calibration_error_by_hand() -> None:
+    confidence = np.array([0.97, 0.95, 0.94, 0.72, 0.69, 0.52])
+    correct = np.array([True, True, False, True, False, True])
+    said = np.column_stack([confidence, 1 - confidence])
+    # Fifteenths: the last holds 0.97, 0.95 and 0.94; the 11th 0.72 and 0.69; the 8th 0.52.
+    expected = (abs(2 - 2.86) + abs(1 - 1.41) + abs(1 - 0.52)) / 6
+    assert calibration_error(said, np.where(correct, 0, 1)) == pytest.approx(expected)
+
+
+def test_confidence_of_one_is_in_the_last_bin() -> None:
+    said = np.array([[1.0, 0.0], [0.95, 0.05]])
+    # Together they are one right answer for 1.95 expected; apart the gaps would be 1 and 0.05.
+    assert calibration_error(said, np.array([1, 0])) == pytest.approx((1.95 - 1) / 2)
+    assert calibration_error(share_of([0, 1, 1]), np.array([0, 1, 1])) == 0
+
+
+CONFIDENCE = st.just(1.0) | st.builds(lambda k, part: (k + part) / 15, st.integers(5, 14), st.floats(0.01, 0.99))
+"""Of the likeliest of three labels; never on the edge of two fifteenths, where rounding would decide."""
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), CONFIDENCE), min_size=1, max_size=60))
+def test_calibration_error_as_gaps_added_up(rows: list[tuple[int, int, float]]) -> None:
+    """Guo's weighted mean of gaps is the sum over bins of |right answers - confidence|, over n."""
+    truth, best = (np.array([row[i] for row in rows], dtype=np.int64) for i in (0, 1))
+    confidence = np.array([row[2] for row in rows])
+    said = np.repeat((1 - confidence[:, None]) / 2, 3, axis=1)
+    said[np.arange(len(rows)), best] = confidence
+    gaps, _ = np.histogram(confidence, bins=15, range=(0, 1), weights=(best == truth) - confidence)
+    got = calibration_error(said, truth)
+    assert got == pytest.approx(np.abs(gaps).sum() / len(rows), abs=1e-12)
+    assert 0 <= got <= 1
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert calibration_error(said[order], truth[order]) == pytest.approx(got, abs=1e-12)
+
+
+# --- the report
+
+
+def test_the_report_holds_every_label_also_one_that_never_occurs() -> None:
+    rows = {line.split()[0]: line.split()[1:] for line in report_text(SAID, TRUTH, NAMES).splitlines() if line.strip()}
+    assert rows["bad"] == ["0.667", "0.500", "0.571", "4"]
+    assert rows["good"] == ["0.500", "0.500", "0.500", "2"]
+    assert rows["so-so"] == ["0.000", "0.000", "0.000", "0"]
+    assert rows["accuracy"] == ["0.500", "6"]
+
+
+# --- the baselines
+
+NOUNS = ("film", "hotel", "soup", "phone", "app", "waiter", "room", "story")
+
+
+def test_the_commonest_label_of_training_is_the_floor() -> None:
+    texts = [f"text {i}" for i in range(10)]
+    got = baselines(texts, np.array([1] * 6 + [0] * 4), texts[:8], np.array([0] * 5 + [1] * 3))
+    # It says 1 to everything: 3 of 8 right, F1 of 1 is 2·3/(3 + 8), of 0 nothing.
+    assert got["majority"] == {"accuracy": 3 / 8, "macro_f1": pytest.approx((6 / 11) / 2)}
+    assert set(got) == {"majority", "tfidf_logreg"}
+
+
+def test_macro_f1_of_a_baseline_is_over_the_labels_present() -> None:
+    texts = ["a good film", "a bad film", "a plain film"] * 4
+    got = baselines(texts, np.array([1, 0, 2] * 4), texts[:2], np.array([1, 1]))
+    # It says 1 and 0 where both are 1: the F1 of 1 is 2·1/(1 + 2), and 0 is only said, not there.
+    assert got["tfidf_logreg"] == {"accuracy": 0.5, "macro_f1": pytest.approx(2 / 3)}
+    assert got["majority"] == {"accuracy": 0, "macro_f1": 0}, "the first of equally common labels"
+
+
+def test_one_telling_word_is_learnt() -> None:
+    train = [f"the {noun} was {word}" for noun in NOUNS[:5] for word in ("superb", "awful")]
+    test = [f"a {word} {noun}" for noun in NOUNS[5:] for word in ("superb", "awful")]
+    got = baselines(train, np.array([1, 0] * 5), test, np.array([1, 0] * 3))
+    assert got["tfidf_logreg"] == {"accuracy": 1, "macro_f1": 1}
+    assert got["majority"]["accuracy"] == 0.5
+
+
+def test_pairs_of_words_are_read() -> None:
+    # Each word is as often in one label as in the other; only the pairs tell.
+    pairs = [("very", "cheap", 1), ("very", "slow", 0), ("hardly", "cheap", 0), ("hardly", "slow", 1)]
+    train = [f"{noun} {first} {second}" for noun in NOUNS for first, second, _ in pairs]
+    labels = np.array([label for _ in NOUNS for _, _, label in pairs])
+    test = [f"{first} {second}" for first, second, _ in pairs]
+    got = baselines(train, labels, test, np.array([label for _, _, label in pairs]))
+    assert got["tfidf_logreg"]["accuracy"] == 1
+
+
+def test_a_word_may_be_one_character() -> None:
+    train = [f"{first} {second}" for first in "甲乙丙丁" for second in "好壞"]
+    got = baselines(train, np.array([1, 0] * 4), ["戊 好", "戊 壞"], np.array([1, 0]))
+    assert got["tfidf_logreg"]["accuracy"] == 1
+
+
+def test_texts_without_a_word_leave_the_commonest_label() -> None:
+    train, labels = ["!!!", "???", "...", "😒"], np.array([1, 1, 1, 0])
+    got = baselines(train, labels, ["?!", "a word"], np.array([1, 0]))
+    assert got["tfidf_logreg"] == got["majority"] == {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3)}
+
+
+def test_a_test_text_of_unknown_words_gets_an_answer() -> None:
+    got = baselines(["good film", "bad film"] * 3, np.array([1, 0] * 3), ["zebra", "!!!"], np.array([1, 1]))
+    assert got["tfidf_logreg"]["accuracy"] in (0, 1), "both get the same"
