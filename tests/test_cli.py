@@ -95,6 +95,7 @@ HF_NAMES = {
 }
 NO_HF_NAME = {
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
+    *("--trials", "--folds"),
     *("--input", "--output", "--png"),
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""

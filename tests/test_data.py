@@ -116,12 +116,12 @@ def test_any_text_comes_back_as_it_was(
 ) -> None:
     source = write(tmp_path_factory.mktemp("any"), WRITERS[ending](rows), f"t{ending}")
     kept = [(text, label) for text, label in rows if text.strip()]
-    index = {"a": 0, "b c": 1, "é": 2}
+    known = [("a", "b c", "é")]
     if not kept:
         with pytest.raises(DataError, match="at least 1"):
-            load(source, index=index, least_rows=1)
+            load(source, known=known, least_rows=1)
         return
-    dataset = load(source, index=index, least_rows=1)
+    dataset = load(source, known=known, least_rows=1)
     assert dataset.texts == [text for text, _ in kept]
     assert labels_of(dataset) == [label for _, label in kept]
 
@@ -205,6 +205,30 @@ def test_texts_alone_need_no_label(tmp_path: Path) -> None:
     assert load_texts(write(tmp_path, "sentence\none\n\n two \n")) == ["one", " two "]
     with pytest.raises(DataError, match="no text in the column 'sentence'"):
         load_texts(write(tmp_path, "sentence,x\n,1\n"))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".csv.gz", ".jsonl", ".parquet"])
+def test_a_table_on_the_hub_is_left_to_polars(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetched(source: str, *, separator: str = "", **options: Any) -> pl.LazyFrame:
+        asked.append((source, separator))
+        return frame_of(ROWS).with_columns(pl.lit(None).alias("empty")).lazy()
+
+    for name in ("scan_csv", "scan_ndjson", "scan_parquet"):
+        monkeypatch.setattr(pl, name, fetched)
+    source = f"hf://datasets/someone/set/train{ending}"
+    assert load(source).texts == load_texts(source) == [text for text, _ in ROWS]
+    assert set(asked) == {(source, {".csv": ",", ".tsv": "\t"}.get(ending.removesuffix(".gz"), ""))}
+
+
+def test_a_table_on_the_hub_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: str, **options: Any) -> pl.LazyFrame:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(pl, "scan_csv", refused)
+    with pytest.raises(DataError, match=r"cannot be fetched \(no route to host\)\. Download it and give the file\."):
+        load("hf://datasets/someone/set/train.csv")
 
 
 # --- columns
@@ -304,15 +328,15 @@ def test_label_order(tmp_path: Path, labels: list[str], order: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("values", "found"),
     [
-        ([1, 0, None, 10], ["1", "0", None, "10"]),
-        ([1.0, -2.0, None, float("nan")], ["1", "-2", None, None]),
+        ([1, 0, None, 10], ["1", "0", "", "10"]),
+        ([1.0, -2.0, None, float("nan")], ["1", "-2", "", ""]),
         ([0.5, 1.0], ["0.5", "1.0"]),
-        ([True, False, None], ["true", "false", None]),
-        (["", "  ", " a "], [None, None, "a"]),
-        ([None, None], [None, None]),
+        ([True, False, None], ["true", "false", ""]),
+        (["", "  ", " a "], ["", "", "a"]),
+        ([None, None], ["", ""]),
     ],
 )
-def test_label_texts_of_typed_columns(values: list[Any], found: list[str | None]) -> None:
+def test_label_texts_of_typed_columns(values: list[Any], found: list[str]) -> None:
     assert label_texts(pl.Series("label", values)) == found
 
 
@@ -339,15 +363,39 @@ def test_label_order_does_not_depend_on_row_order(
 
 
 def test_labels_of_another_table_keep_its_places(tmp_path: Path) -> None:
-    index = {"0": 0, "1": 1, "2": 2}
-    dataset = load(write(tmp_path, lines("a,2", "b,0.0")), index=index, least_rows=1)
+    dataset = load(write(tmp_path, lines("a,2", "b,0.0")), known=[("0", "1", "2")], least_rows=1)
     assert dataset.labels.tolist() == [2, 0]
     assert dataset.names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "table", "read_as"),
+    [
+        (("01", "02", "A7"), ("01", "02"), ("01", "02")),
+        (("1.5", "2.0"), ("2.0",), ("2.0",)),
+        (("1", "2"), ("01", "2.0", " +1"), ("1", "2", "1")),
+        (("01", "1", "x"), ("01", "1"), ("01", "1")),
+        (("1", "2", "x"), ("01", "x"), ("1", "x")),
+    ],
+)
+def test_labels_are_known_as_written_or_as_numbers(
+    tmp_path: Path, trained_on: tuple[str, ...], table: tuple[str, ...], read_as: tuple[str, ...]
+) -> None:
+    first = load(write(tmp_path, delimited([(f"text {i}", label) for i, label in enumerate(trained_on * 9)])))
+    assert first.names == tuple(sorted(trained_on))
+    second = write(tmp_path, delimited([("text", label) for label in table]), "second.csv")
+    assert labels_of(load(second, known=[first.names], least_rows=1)) == list(read_as)
+
+
+def test_a_number_as_parquet_has_it_is_the_label_of_a_csv(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"sentence": ["a", "b"], "label": [1.0, 0.0]})
+    frame.write_parquet(tmp_path / "t.parquet")
+    assert load(str(tmp_path / "t.parquet"), known=[("0", "1")], least_rows=1).labels.tolist() == [1, 0]
+
+
 def test_a_label_not_trained_on_is_named_with_its_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        load(write(tmp_path, lines("a,1", "b,maybe", "c,0", "d,maybe")), index={"0": 0, "1": 1}, least_rows=1)
+        load(write(tmp_path, lines("a,1", "b,maybe", "c,0", "d,maybe")), known=[("0", "1")], least_rows=1)
     assert "the label 'maybe' (rows 3 and 5) is not one of those trained on: 0, 1" in str(caught.value)
 
 
@@ -597,7 +645,7 @@ def test_moved_copies_are_said() -> None:
     plain = split(dataset, None, None, seed=0, duplicates="as they fall")
     moved = len(parts.train) - len(plain.train) + sum(row in plain.test.rows for row in parts.validation.rows.tolist())
     assert moved > 0
-    assert parts.notices[0] == f"{moved} rows were moved so that copies of a text share one part."
+    assert parts.notices[0] == f"{moved} rows moved so that copies of a text share one part."
 
 
 def test_a_label_that_leaves_a_part_with_its_copies_is_said() -> None:

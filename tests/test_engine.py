@@ -1,7 +1,9 @@
 """Our own frozen pass against transformers' forward in fp32, what it does not compute, and the twins it must match."""
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headstart import modeling_headstart
 from headstart.encoder import choose_placement, config_dict, encode, load_config, load_encoder
-from headstart.engine import FAMILIES, Engine, PooledHead, PooledScorer, pooled_output, supports
+from headstart.engine import FAMILIES, ROW_STEP, Engine, PooledHead, PooledScorer, pooled_output, side_by_side, supports
 
 CPU = torch.device("cpu")
 EVERYTHING = ("cls", "mean-0", "mean-1", "mean-2", "mean-3")
@@ -97,6 +99,104 @@ def test_every_vector_is_transformers(family: str, tiny: Callable[[str], Tiny]) 
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, by_transformers(one.model, ids, mask), **CLOSE)
     assert len(torch.unique(got[0], dim=0)) == len(EVERYTHING), "a wrong layer would be seen"
+
+
+def test_padding_inside_a_roberta_text_has_no_position(tiny: Callable[[str], Tiny]) -> None:
+    one = tiny("roberta")  # a text may spell out <pad>
+    ids, mask = batch(one.config["pad_token_id"], (9, 6))
+    ids[0, 4] = one.config["pad_token_id"]
+    torch.testing.assert_close(run(one.engine(), EVERYTHING, ids, mask), by_transformers(one.model, ids, mask), **CLOSE)
+
+
+@pytest.mark.parametrize("scale", [1.0, 400.0])
+def test_attention_is_exact_also_where_exponentials_overflow(scale: float, bert: Tiny) -> None:
+    name = "encoder.layer.1.attention.self.query.weight"
+    sharp = bert.engine(**{name: bert.weights[name] * scale})
+    plain = bert.engine(**{name: bert.weights[name] * scale})
+    plain.fused = False  # torch's softmax throughout
+    ids, mask = batch(0)
+    with torch.inference_mode():
+        scores = run(sharp, ("mean-1",), ids, mask)[:, 0] @ (bert.weights[name] * scale).T
+    assert (float(scores.abs().max()) > 88) == (scale > 1), "exp overflows there in fp32"
+    torch.testing.assert_close(run(sharp, EVERYTHING, ids, mask), run(plain, EVERYTHING, ids, mask), **CLOSE)
+
+
+def test_rows_added_for_the_products_change_nothing(bert: Tiny) -> None:
+    ids, mask = batch(0, (30,) * 11)
+    assert ids.numel() > ROW_STEP
+    assert ids.numel() % ROW_STEP
+    torch.testing.assert_close(
+        run(bert.engine(), EVERYTHING, ids, mask), by_transformers(bert.model, ids, mask), **CLOSE
+    )
+
+
+# --- side by side
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param, "left as it was found"
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_from_single_threads(threads: int) -> None:
+    workers, inner = set(), set()
+
+    def slow_first(item: int) -> int:
+        workers.add(threading.get_ident())
+        inner.add(torch.get_num_threads())
+        time.sleep(0.02 if item % threads == 0 else 0.001)
+        return item * item
+
+    assert list(side_by_side(slow_first, range(20))) == [item * item for item in range(20)]
+    assert len(workers) == threads
+    assert inner == {1}
+
+
+def test_items_are_taken_only_a_few_ahead(threads: int) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            taken.append(item)
+            yield item
+
+    for number, _ in enumerate(side_by_side(abs, items())):
+        assert len(taken) <= number + 1 + 2 * threads
+    assert len(taken) == 1000
+
+
+def test_a_failure_is_raised_where_it_belongs_and_ends_the_rest(threads: int) -> None:
+    done: list[int] = []
+
+    def fail_at_five(item: int) -> int:
+        if item == 5:
+            raise ValueError("five")
+        done.append(item)
+        return item
+
+    results = side_by_side(fail_at_five, range(1000))
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="five"):
+        next(results)
+    assert len(done) < 100
+
+
+def test_encoding_on_several_threads_gives_the_same(tiny_bert: Path) -> None:
+    encoder = load_encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
+    tokens = encoder.tokenizer([f"the film {'was superb ' * (i % 9)}" for i in range(200)])
+    before, answers = torch.get_num_threads(), []
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        values = np.empty((200, 2, 32), dtype=np.float16)
+        for index, part in encode(encoder, tokens, ("cls", "mean-2"), most_tokens=64):
+            values[index] = part
+        answers.append(values)
+    torch.set_num_threads(before)
+    np.testing.assert_array_equal(answers[0], answers[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -291,7 +391,7 @@ def test_the_two_pooled_heads_are_twins(width: int) -> None:
     state, logits = made(PooledHead)
     twin_state, twin_logits = made(modeling_headstart.PooledHead)
     assert list(state) == list(twin_state)
-    assert ("hidden.weight" in state) == (width > 0)
+    assert ("layers.3.weight" in state) == (width > 0)
     assert all(torch.equal(state[name], twin_state[name]) for name in state)
     assert all(torch.equal(one, other) for one, other in zip(logits, twin_logits, strict=True))
     assert torch.equal(logits[0], logits[1]) == (width == 0), "dropout is for a hidden layer only"

@@ -83,8 +83,8 @@ def test_cached_is_uncached_for_each_family(family: str, tiny_models: Callable[[
     assert np.abs(fresh(impostor, TEXTS, tmp_path / "other").astype(float) - first.values).max() > 0.01
     second = features_of(replace(impostor, fingerprint=encoder.fingerprint), TEXTS[::-1])
     np.testing.assert_array_equal(second.values[::-1], first.values)
-    assert (first.encoded, first.reused, first.texts) == (len(TEXTS), 0, len(TEXTS))
-    assert (second.encoded, second.reused, second.texts) == (0, len(TEXTS), len(TEXTS))
+    assert (first.encoded, first.reused, len(first.distinct)) == (len(TEXTS), 0, len(TEXTS))
+    assert (second.encoded, second.reused, len(second.distinct)) == (0, len(TEXTS), len(TEXTS))
     assert not second.warnings
     assert np.abs(first.values).max() > 0
 
@@ -111,11 +111,11 @@ def test_any_calls_in_any_order_give_the_encoders_answers(
             tokens = encoder.tokenizer.truncate(encoder.tokenizer(texts), max_length)
             distinct = {tokens[i].tobytes() for i in range(len(texts))}
             got = frozen_features(encoder, tokens)
-            assert got.texts == len(distinct)
+            assert len(got.distinct) == len(distinct)
             assert got.encoded == len(distinct - seen)
             assert got.reused == len(distinct & seen)
             assert got.values.shape == (len(texts), 5, 32)
-            assert got.bytes == len(distinct) * 5 * 32 * 2
+            assert got.distinct.nbytes == len(distinct) * 5 * 32 * 2
             assert not got.warnings
             seen |= distinct
             with store_in(tmp_path_factory.mktemp("empty")):
@@ -125,7 +125,7 @@ def test_any_calls_in_any_order_give_the_encoders_answers(
 
 def test_a_text_that_occurs_often_is_stored_once(encoder: Encoder) -> None:
     got = features_of(encoder, ["the film was superb", "the soup was rude"] * 50)
-    assert (got.texts, got.encoded, cache_info().texts) == (2, 2, 2)
+    assert (len(got.distinct), got.encoded, cache_info().texts) == (2, 2, 2)
     assert (got.values[::2] == got.values[0]).all()
     assert (got.values[1::2] == got.values[1]).all()
     assert not (got.values[0] == got.values[1]).all()
@@ -568,3 +568,24 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(tiny_bert: Path, ca
     assert encoded == len(TEXTS)
     assert cache_info().texts == len(TEXTS)
     assert not list(cache_dir.rglob("*.tmp"))
+
+
+def test_what_would_fill_memory_is_mapped_from_disk(
+    encoder: Encoder, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = features_of(encoder, TEXTS)
+    assert not isinstance(plain.distinct, np.memmap)
+    monkeypatch.setattr("headstart.features.IN_MEMORY_SHARE", 0.0)
+    mapped = features_of(encoder, TEXTS)
+    assert isinstance(mapped.distinct, np.memmap)
+    np.testing.assert_array_equal(mapped.values, plain.values)
+    np.testing.assert_array_equal(mapped.columns(("mean-1", "cls")), plain.values[:, [2, 0]].astype(np.float32))
+    assert {path.suffix for path in cache_dir.rglob("*") if path.is_file()} <= {".safetensors", ""}, "it has no name"
+
+
+def test_part_of_the_features_is_those_texts(encoder: Encoder) -> None:
+    whole = features_of(encoder, [*TEXTS, TEXTS[0]])
+    part = whole.take(np.array([len(TEXTS), 1]))
+    np.testing.assert_array_equal(part.values, whole.values[[0, 1]])
+    assert len(part) == 2
+    assert part.cost() == whole.cost()

@@ -174,6 +174,12 @@ def test_the_report_holds_every_label_also_one_that_never_occurs() -> None:
     assert rows["accuracy"] == ["0.500", "6"]
 
 
+def test_a_label_has_one_line_whatever_is_in_its_name() -> None:
+    lines = report_text(SAID, TRUTH, ("bad", "x\n```\n# good", "so\x1b[2Jso")).splitlines()
+    assert len(lines) == len(report_text(SAID, TRUTH, NAMES).splitlines())
+    assert not any("\x1b" in line for line in lines)
+
+
 # --- the baselines
 
 NOUNS = ("film", "hotel", "soup", "phone", "app", "waiter", "room", "story")

@@ -1,6 +1,8 @@
 """Heads on stored features against the whole models they become; the run folder, whole or absent."""
 
+import contextlib
 import dataclasses
+import errno
 import io
 import json
 import multiprocessing
@@ -21,13 +23,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from headstart import config, predict, trials
+from headstart import config, model, predict, trials
 from headstart.config import Precision
 from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder
+from headstart.engine import PooledHead
 from headstart.errors import DiskError, ModelError, RunError
 from headstart.features import Features, frozen_features
 from headstart.model import (
     HeadSpec,
+    Stamp,
     check_out,
     head_inputs,
     native_feature,
@@ -77,6 +81,14 @@ def saved(model: Any, encoder: Encoder, folder: Path) -> Predictor:
     return load(folder)
 
 
+def standardising_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
+    """A fresh head with the statistics of what it reads."""
+    head = new_head(inputs.shape[1], spec, labels, seed)
+    head.mean.copy_(inputs.mean(dim=0))
+    head.scale.copy_(1 / inputs.std(dim=0))
+    return head
+
+
 # --- pooled heads
 
 
@@ -91,7 +103,7 @@ def test_a_pooled_model_is_its_head_on_stored_features(
     spec = HeadSpec(names, width, dropout=0.5)
     inputs = head_inputs(encoder, stored(encoder), names)
     assert inputs.shape == (len(TEXTS), 32 * len(names))
-    head = new_head(inputs, spec, len(NAMES), seed=1).eval()
+    head = standardising_head(inputs, spec, len(NAMES), seed=1).eval()
     with torch.no_grad():
         expected = head(inputs)
     predictor = saved(pooled_model(encoder, head, spec, NAMES), encoder, tmp_path / "run")
@@ -109,7 +121,7 @@ def test_layers_that_the_head_does_not_read_are_not_saved(
     encoder = load_encoder(str(tiny_models(family)), CPU)
     names = (f"mean-{highest}", "mean-0")
     spec = HeadSpec(names, 0, 0.0)
-    head = new_head(head_inputs(encoder, stored(encoder), names), spec, 2, seed=1)
+    head = standardising_head(head_inputs(encoder, stored(encoder), names), spec, 2, seed=1)
     saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
     with safe_open(tmp_path / "run" / "model.safetensors", "pt") as weights:
         keys = list(weights.keys())
@@ -126,7 +138,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_the_first_token(
     features = stored(encoder)
     assert torch.equal(head_inputs(encoder, features, ("pooler",)), head_inputs(encoder, features, ("cls",)))
     spec = HeadSpec(("pooler",), 0, 0.0)
-    head = new_head(head_inputs(encoder, features, ("pooler",)), spec, 2, 0)
+    head = standardising_head(head_inputs(encoder, features, ("pooler",)), spec, 2, 0)
     saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["head_features"] == ["cls"]
 
@@ -151,25 +163,18 @@ def test_an_unknown_feature_is_named(tiny_bert: Path) -> None:
         head_inputs(encoder, stored(encoder), ("mean-9",))
 
 
-def test_a_new_head_standardises_its_inputs_and_follows_its_seed() -> None:
-    inputs = torch.randn(50, 6) * torch.tensor([1e-9, 1.0, 5.0, 0.1, 20.0, 0.0]) + 3
-    head = new_head(inputs, HeadSpec(("cls",), 0, 0.0), 2, seed=5)
-    z = ((inputs - head.mean) * head.scale).detach()
-    assert torch.isfinite(z).all()
-    torch.testing.assert_close(z[:, 1:5].mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)
-    torch.testing.assert_close(z[:, 1:5].std(dim=0), torch.ones(4), rtol=1e-3, atol=0)
-    same, other = (new_head(inputs, HeadSpec(("cls",), 0, 0.0), 2, seed=seed) for seed in (5, 6))
-    assert torch.equal(head.out.weight, same.out.weight)
-    assert not torch.equal(head.out.weight, other.out.weight)
-    plain = new_head(inputs, HeadSpec(("cls",), 0, 0.0, standardize=False), 2, seed=5)
-    assert plain.mean.abs().max() == 0
-    assert (plain.scale == 1).all()
+def test_a_new_head_follows_its_seed_and_reads_its_inputs_as_they_are() -> None:
+    head, same, other = (new_head(6, HeadSpec(("cls",), 0, 0.0), 2, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(head.layers[0].weight, same.layers[0].weight)
+    assert not torch.equal(head.layers[0].weight, other.layers[0].weight)
+    assert head.mean.abs().max() == 0
+    assert (head.scale == 1).all()
 
 
 def test_a_bf16_encoder_saves_full_precision_weights(tiny_bert: Path, tmp_path: Path) -> None:
     encoder = load_encoder(str(tiny_bert), choose_placement("cpu", "bf16"))
     spec = HeadSpec(("mean-2",), 0, 0.0)
-    head = new_head(head_inputs(encoder, stored(encoder), spec.features), spec, 2, seed=1)
+    head = standardising_head(head_inputs(encoder, stored(encoder), spec.features), spec, 2, seed=1)
     saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
     original, kept = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     name = "encoder.layer.1.output.dense.weight"
@@ -248,15 +253,109 @@ def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["run"]
 
 
+def finish(out: Path, content: str, replaces: Stamp | None = None) -> None:
+    """A result at `out`, which `check_out` has found free or replaceable before."""
+    with new_folder(out, replaces) as folder:
+        (folder / "headstart.json").write_text(content)
+
+
+@pytest.mark.parametrize("taken", [[], ["run-2"], ["run-2", "run-3"]])
+def test_what_has_come_to_be_there_meanwhile_stays_and_the_result_is_kept_beside_it(
+    tmp_path: Path, taken: list[str]
+) -> None:
+    out = tmp_path / "run"
+    for name in taken:
+        finish(tmp_path / name, "taken")
+    assert check_out(out, overwrite=False) is None
+    finish(out, "another's")
+    kept = tmp_path / f"run-{2 + len(taken)}"
+    message = rf"^{re.escape(str(out))}: .*has come to be there.*is kept in {re.escape(str(kept))}\b"
+    with pytest.raises(RunError, match=message):
+        finish(out, "mine")
+    assert {path.name: (path / "headstart.json").read_text() for path in tmp_path.iterdir()} == {
+        **dict.fromkeys(taken, "taken"),
+        "run": "another's",
+        kept.name: "mine",
+    }
+
+
+def test_a_file_that_has_come_to_be_there_stays(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="run-2"), new_folder(tmp_path / "run") as folder:  # noqa: PT012
+        (folder / "config.json").write_text("{}")
+        (tmp_path / "run").write_text("a note")
+    assert (tmp_path / "run").read_text() == "a note"
+    assert (tmp_path / "run-2" / "config.json").is_file()
+
+
+def test_overwriting_replaces_only_the_run_that_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finish(out, "old")
+    first, second = (check_out(out, overwrite=True) for _ in range(2))
+    assert first == second != None  # noqa: E711
+    (out / "onnx").mkdir()  # it is still that run
+    finish(out, "first", first)
+    with pytest.raises(RunError, match=r"is kept in .*run-2"):
+        finish(out, "second", second)
+    assert {path.name: (path / "headstart.json").read_text() for path in tmp_path.iterdir()} == {
+        "run": "first",
+        "run-2": "second",
+    }
+
+
+def test_the_old_run_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    finish(out, "old")
+    replaces = check_out(out, overwrite=True)
+
+    def refused(folder: Path, place: Path) -> Path:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(model, "_rename", refused)
+    with pytest.raises(DiskError, match="disk is full"):
+        finish(out, "new", replaces)
+    (left,) = tmp_path.rglob("headstart.json")
+    assert left.read_text() == "old"
+
+
+def finish_often(folder: str, name: str) -> None:
+    """In a child: try to be the one that writes each of 50 folders."""
+    for number in range(50):
+        with contextlib.suppress(RunError):
+            finish(Path(folder) / str(number), name)
+
+
+def test_runs_that_end_together_all_keep_their_results(tmp_path: Path) -> None:
+    children = [processes.Process(target=finish_often, args=(str(tmp_path), name)) for name in "abc"]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    found: dict[str, list[str]] = {}
+    for path in tmp_path.iterdir():
+        found.setdefault(path.name.split("-")[0], []).append((path / "headstart.json").read_text())
+    assert {name: sorted(content) for name, content in found.items()} == {str(i): ["a", "b", "c"] for i in range(50)}
+
+
+def test_an_empty_folder_behind_a_link_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    check_out(tmp_path / "run", overwrite=False)
+    finish(tmp_path / "run", "mine")
+    assert (tmp_path / "disk" / "headstart.json").read_text() == "mine"
+    assert (tmp_path / "run").is_symlink()
+
+
 def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / "old").write_text("old")
-    with pytest.raises(OSError, match="odd"), new_folder(out) as folder:  # noqa: PT012
+    (out / "headstart.json").write_text("old")
+    replaces = check_out(out, overwrite=True)
+    with pytest.raises(OSError, match="odd"), new_folder(out, replaces) as folder:  # noqa: PT012
         (folder / "new").write_text("new")
         raise OSError("odd")
-    assert [path.name for path in out.iterdir()] == ["old"]
-    with new_folder(out) as folder:
+    assert [path.name for path in out.iterdir()] == ["headstart.json"]
+    with new_folder(out, replaces) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -296,33 +395,33 @@ def test_a_killed_writer_leaves_no_half_folder(before: str, tmp_path: Path) -> N
         assert child.exitcode == -signal.SIGKILL
         found = sorted(path.name for path in out.iterdir()) if out.exists() else None
         assert found == (["headstart.json"] if before == "a run" else None)
-    check_out(out, "replace")  # what it left does not stand in the way of the next
+    check_out(out, overwrite=True)  # what it left does not stand in the way of the next
 
 
 def test_an_output_folder_is_checked_before_any_work(tmp_path: Path) -> None:
-    check_out(tmp_path / "new" / "run", "refuse")
+    check_out(tmp_path / "new" / "run", overwrite=False)
     assert not (tmp_path / "new" / "run").exists()
     (tmp_path / "empty").mkdir()
-    check_out(tmp_path / "empty", "refuse")
+    check_out(tmp_path / "empty", overwrite=False)
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError, match="is a file; --out takes a folder"):
-        check_out(tmp_path / "file", "refuse")
+        check_out(tmp_path / "file", overwrite=False)
     with pytest.raises(DiskError, match="a part of the path is missing or is no folder"):
-        check_out(tmp_path / "file" / "run", "refuse")
+        check_out(tmp_path / "file" / "run", overwrite=False)
     with pytest.raises(DiskError, match="name is too long"):
-        check_out(tmp_path / ("x" * 400), "refuse")
+        check_out(tmp_path / ("x" * 400), overwrite=False)
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten_by_chance(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match=r"is not empty\. Choose another --out, or replace it with --overwrite"):
-        check_out(tmp_path, "refuse")
+        check_out(tmp_path, overwrite=False)
     with pytest.raises(RunError, match=r"is not a run folder \(no headstart.json\), so --overwrite does not replace"):
-        check_out(tmp_path, "replace")
+        check_out(tmp_path, overwrite=True)
     (tmp_path / "headstart.json").write_text("{}")
-    check_out(tmp_path, "replace")
+    check_out(tmp_path, overwrite=True)
     with pytest.raises(RunError, match="is not empty"):
-        check_out(tmp_path, "refuse")
+        check_out(tmp_path, overwrite=False)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -347,7 +446,7 @@ def tear(run: Path) -> None:
 
 def lose_a_weight(run: Path) -> None:
     weights = load_file(run / "model.safetensors")
-    del weights["head.out.weight"]
+    del weights["head.layers.0.weight"]
     save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -366,7 +465,7 @@ def lose_a_weight(run: Path) -> None:
         (write("tokenizer.json", "{}"), "is not a readable tokenizer"),
         (write("model.safetensors", "noise"), "its model cannot be loaded"),
         (tear, "its model cannot be loaded"),
-        (lose_a_weight, r"out\.weight"),
+        (lose_a_weight, r"layers\.0\.weight"),
     ],
 )
 def test_a_damaged_run_folder_is_one_sentence(

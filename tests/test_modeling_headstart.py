@@ -59,8 +59,8 @@ def test_a_pooled_head_is_standardise_then_linear(width: int) -> None:
     x = torch.randn(6, 4)
     z = ((x - head.mean) * head.scale).numpy()
     if width:
-        z = np.maximum(z @ head.hidden.weight.detach().numpy().T + head.hidden.bias.detach().numpy(), 0)
-    expected = z @ head.out.weight.detach().numpy().T + head.out.bias.detach().numpy()
+        z = np.maximum(z @ head.layers[0].weight.detach().numpy().T + head.layers[0].bias.detach().numpy(), 0)
+    expected = z @ head.layers[-1].weight.detach().numpy().T + head.layers[-1].bias.detach().numpy()
     np.testing.assert_allclose(head(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -83,8 +83,11 @@ def test_a_text_that_occurs_twice_is_scored_once(predictor: Predictor, monkeypat
         return real(predictor.classifier, ids, mask)
 
     monkeypatch.setattr(type(predictor.classifier), "logits", counting)
-    got = predictor.predict_proba([TEXTS[0], TEXTS[3], TEXTS[0]] * 40)
+    forgetful = Predictor(predictor.classifier)
+    got = forgetful.predict_proba([TEXTS[0], TEXTS[3], TEXTS[0]] * 40)
     assert sum(scored) == 2
+    np.testing.assert_array_equal(forgetful.predict_proba([TEXTS[3], TEXTS[0]])[::-1], got[:2])
+    assert sum(scored) == 2, "nor is one from the call before"
     assert (got[0::3] == got[2::3]).all()
     assert not (got[0] == got[1]).any()
 

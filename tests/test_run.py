@@ -1,6 +1,7 @@
 """One run from a table to a run folder: what the contract promises of it, and that its numbers are honest."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -237,6 +238,10 @@ def test_total_is_the_whole_process(tiny_bert: Path, small_table: Path, tmp_path
         ("hf://datasets/someone/set/train.jsonl", "train"),
         ("sample", "sample"),
         (".csv", "run"),
+        ("Reviews.CSV.GZ", "Reviews"),
+        ("a.json.csv", "a.json"),
+        ("a.csv.csv", "a.csv"),
+        ("csv", "csv"),
     ],
 )
 def test_a_run_is_named_after_its_data(source: str, name: str) -> None:
@@ -481,6 +486,51 @@ def test_names_are_shown_and_either_kind_is_read_back(train: Callable[..., Run],
     named = run.evaluate(predictor, str(write_csv(tmp_path / "named.csv", shown)))
     assert raw.numbers == named.numbers
     assert raw.numbers["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("shown", "table", "read_as", "said"),
+    [
+        (("1", "2"), ("0", "1"), (0, 1), False),
+        (("1", "2"), ("1", "2"), (0, 1), False),
+        (("1", "2"), ("1", "1"), (1, 1), True),
+        (("1", "0"), ("0", "1"), (0, 1), True),
+        (("1", "0"), ("1", "0"), (1, 0), True),
+        (("0", "1"), ("1", "0"), (1, 0), False),
+        (("bad", "good"), ("good", "bad"), (1, 0), False),
+    ],
+)
+def test_labels_are_read_one_way_for_the_whole_table(
+    shown: tuple[str, str],
+    table: tuple[str, str],
+    read_as: tuple[int, int],
+    *,
+    said: bool,
+    tiny_run: Path,
+    tmp_path: Path,
+) -> None:
+    """The run was trained on 0 and 1, and shows them by other names."""
+    loaded = predict.load(tiny_run, **EXACT)
+    classifier = dataclasses.replace(loaded.classifier, names=shown)
+    rows = [(text, table[i % 2]) for i, (text, _) in enumerate(SMALL_ROWS)]
+    found = run.evaluate(predict.Predictor(classifier), str(write_csv(tmp_path / "t.csv", rows)))
+    support = [one["support"] for one in found.numbers["per_label"].values()]
+    assert support == [read_as.count(place) * 40 for place in (0, 1)]
+    right = [
+        place == loaded.names.index(name)
+        for place, name in zip(read_as * 40, loaded.predict([t for t, _ in rows]), strict=True)
+    ]
+    assert found.numbers["accuracy"] == pytest.approx(np.mean(right))
+    remarks = [notice for notice in found.notices if "labels" in notice]
+    assert len(remarks) == said
+    assert not said or "are read as those trained on (0, 1), not as the names shown for them" in remarks[0]
+
+
+def test_labels_of_both_kinds_in_one_table_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    classifier = dataclasses.replace(predict.load(tiny_run, **EXACT).classifier, names=("1", "2"))
+    table = write_csv(tmp_path / "t.csv", [("a", "0"), ("b", "1"), ("c", "2")])
+    with pytest.raises(DataError, match=r"the label '2' \(row 4\) is not one of those trained on: 0, 1"):
+        run.evaluate(predict.Predictor(classifier), str(table))
 
 
 def test_a_name_given_twice_is_refused(train: Callable[..., Run], tmp_path: Path) -> None:

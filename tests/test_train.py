@@ -114,8 +114,8 @@ def test_it_is_the_plain_transcription_step_by_step(dropout: float) -> None:
         compute_class_weight("balanced", classes=np.unique(labels), y=labels.numpy()), dtype=torch.float32
     )
     ours, plain = new_model(dropout=dropout), article_head(8, 16, dropout)
-    plain[0].load_state_dict(ours.hidden.state_dict())
-    plain[3].load_state_dict(ours.out.state_dict())
+    plain[0].load_state_dict(ours.layers[0].state_dict())
+    plain[3].load_state_dict(ours.layers[3].state_dict())
     schedule = Schedule(epochs=4, lr=1e-2, weight_decay=0.01, clip_norm=0.3)
 
     torch.manual_seed(42)
@@ -146,8 +146,8 @@ def test_it_is_the_plain_transcription_step_by_step(dropout: float) -> None:
 
     np.testing.assert_allclose([epoch.train_loss for epoch in history.epochs], losses, rtol=1e-4)
     np.testing.assert_allclose([epoch.validation_loss for epoch in history.epochs], held, rtol=1e-4)
-    torch.testing.assert_close(ours.hidden.weight.detach(), kept["0.weight"], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(ours.out.weight.detach(), kept["3.weight"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.layers[0].weight.detach(), kept["0.weight"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.layers[3].weight.detach(), kept["3.weight"], rtol=1e-3, atol=1e-4)
 
 
 def test_it_learns() -> None:
@@ -188,11 +188,11 @@ def test_gradients_are_clipped() -> None:
 
 def test_frozen_parameters_stay_as_they_are() -> None:
     model = new_model()
-    model.hidden.requires_grad_(requires_grad=False)
-    before = model.hidden.weight.clone(), model.out.weight.clone()
+    model.layers[0].requires_grad_(requires_grad=False)
+    before = model.layers[0].weight.clone(), model.layers[3].weight.clone()
     train(model)
-    assert torch.equal(model.hidden.weight, before[0])
-    assert not torch.equal(model.out.weight, before[1])
+    assert torch.equal(model.layers[0].weight, before[0])
+    assert not torch.equal(model.layers[3].weight, before[1])
 
 
 def test_class_weights_count_in_the_loss() -> None:

@@ -1,8 +1,9 @@
 """Which head is picked on validation data, what a person has set, and that the same seed picks the same."""
 
-import dataclasses
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 from headstart import config, trials
 from headstart.encoder import Encoder, choose_placement, load_encoder
+from headstart.errors import InputError
 from headstart.features import Features, frozen_features
 from headstart.train import History, fit
-from headstart.trials import Task, TrainedHead, best_of, layer_sets, train_head
+from headstart.trials import Task, TrainedHead, best_of, in_folds, layer_sets, one_thread, refit, train_head
 
 NOUNS = ("film", "hotel", "soup", "phone", "app", "waiter", "room", "story", "battery", "service")
 PAIRS = (("superb", "awful"), ("lovely", "boring"), ("great", "broken"), ("charming", "rude"))
@@ -35,7 +37,7 @@ def features(encoder: Encoder, _session_cache: None) -> Features:
 
 def task_of(encoder: Encoder, features: Features, **given: Any) -> Task:
     settings = config.settings("sample", **{"epochs": 8, "batch_size": 16, **given})
-    parts = [dataclasses.replace(features, values=features.values[rows]) for rows in (~HELD, HELD)]
+    parts = [features.take(np.flatnonzero(rows)) for rows in (~HELD, HELD)]
     return Task(encoder, parts[0], parts[1], LABELS[~HELD], LABELS[HELD], ("bad", "good"), settings)
 
 
@@ -88,15 +90,16 @@ def test_a_trial_that_is_far_behind_is_stopped(
 ) -> None:
     train_head(task_of(encoder, features, patience=100))
     lengths = [len(one.history.epochs) for one in attempts]
-    assert set(lengths) == {trials.PRUNE_AFTER, 8}
-    for place, one in enumerate(attempts):
-        if place == 0:
-            assert lengths[0] == 8
-            continue
-        lead = min(attempts[:place], key=lambda rival: rival.validation_loss).history.epochs[: trials.PRUNE_AFTER]
-        bound = trials.PRUNE_MARGIN * min(epoch.validation_loss for epoch in lead)
-        stopped = lengths[place] == trials.PRUNE_AFTER
-        assert stopped == (one.history.epochs[trials.PRUNE_AFTER - 1].validation_loss > bound)
+    assert lengths[0] == 8, "the first has no rival"
+    assert {8} < set(lengths) <= {*trials.PRUNE, 8}
+    for place, one in enumerate(attempts[1:], start=1):
+        lead = min(attempts[:place], key=lambda rival: rival.validation_loss).history.epochs
+        expected = 8
+        for after, margin in sorted(trials.PRUNE.items(), reverse=True):
+            bound = margin * min(epoch.validation_loss for epoch in lead[:after])
+            if len(one.history.epochs) >= after and one.history.epochs[after - 1].validation_loss > bound:
+                expected = after
+        assert lengths[place] == expected
 
 
 @pytest.mark.parametrize(
@@ -201,3 +204,114 @@ def test_layer_sets_are_distinct_and_hold_the_top_and_everything() -> None:
         assert layout in sets
         assert layout[1:] in sets
         assert all(set(one) <= set(layout) for one in sets)
+
+
+# --- optuna, large tables, folds
+
+
+def test_optuna_tries_as_many_heads_as_asked_and_stops_weak_ones(
+    encoder: Encoder, features: Features, attempts: list[TrainedHead]
+) -> None:
+    picked = train_head(task_of(encoder, features, trials=30, patience=100))
+    assert picked.tried == len(attempts) == 30
+    assert picked.validation_loss == min(one.validation_loss for one in attempts)
+    first = attempts[0]
+    assert first.spec is not None
+    assert (first.features, first.spec.width, first.schedule.lr) == (features.layout, 128, 1e-3)
+    lengths = [len(one.history.epochs) for one in attempts]
+    assert min(lengths) < 8 == max(lengths), "some are stopped, none of the best is"
+    assert len({one.schedule.lr for one in attempts}) == 30
+    assert len({one.features for one in attempts}) > 3
+
+
+def test_optuna_follows_the_seed_and_keeps_what_is_set(
+    encoder: Encoder, features: Features, attempts: list[TrainedHead]
+) -> None:
+    chosen = []
+    for seed in (1, 1, 2):
+        train_head(task_of(encoder, features, trials=6, seed=seed, lr=2e-3, head_features=("mean-1",)))
+        assert {one.schedule.lr for one in attempts} == {2e-3}
+        assert {one.features for one in attempts} == {("mean-1",)}
+        chosen.append([(one.spec, one.schedule.weight_decay, one.validation_loss) for one in attempts])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_without_optuna_the_message_says_how_to_get_it(
+    encoder: Encoder, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match=r"pip install 'headstart\[tune\]'"):
+        train_head(task_of(encoder, features, trials=3))
+
+
+def test_a_search_over_many_texts_takes_some_and_the_winner_all(
+    encoder: Encoder, features: Features, attempts: list[TrainedHead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counting(model: Any, batches: Any, *rest: Any) -> History:
+        sizes.append(len(batches.labels))
+        return fit(model, batches, *rest)
+
+    monkeypatch.setattr(trials, "SEARCH_ROWS", 20)
+    monkeypatch.setattr(trials, "fit", counting)
+    task = task_of(encoder, features)
+    picked = train_head(task)
+    assert sizes == [20] * len(attempts) + [len(task.train)]
+    assert picked.spec == best_of(attempts).spec
+    assert picked.tried == len(attempts)
+
+
+def test_each_fold_is_scored_by_a_head_that_has_not_seen_it(
+    encoder: Encoder, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(encoder, features, folds=4)
+    head = train_head(task)
+    seen: list[tuple[set[int], set[int], int]] = []
+
+    def noting(fold: Task, like: TrainedHead) -> TrainedHead:
+        trained = refit(fold, like)
+        seen.append((set(fold.train.rows.tolist()), set(fold.validation.rows.tolist()), len(trained.history.epochs)))
+        return trained
+
+    monkeypatch.setattr(trials, "refit", noting)
+    groups = np.arange(len(task.train)) // 2  # two texts share each group
+    logits, fold_of = in_folds(task, head, groups)
+    assert len(seen) == 4
+    everyone = set(task.train.rows.tolist())
+    for trained_on, held, epochs in seen:
+        assert trained_on | held == everyone
+        assert not trained_on & held
+        assert epochs == head.history.best + 1
+    assert sorted(np.unique(fold_of)) == [0, 1, 2, 3]
+    assert (fold_of[0::2] == fold_of[1::2]).all(), "copies share a fold"
+    accuracy = float((logits.argmax(dim=1).numpy() == task.train_labels).mean())
+    assert accuracy > 0.6
+    shuffled = replace(task, train_labels=np.random.default_rng(0).permutation(task.train_labels))
+    noise, _ = in_folds(shuffled, head, np.arange(len(task.train)))
+    assert float((noise.argmax(dim=1).numpy() == shuffled.train_labels).mean()) < 0.75, "labels leak into their fold"
+
+
+def test_more_folds_than_rows_of_a_label_are_refused(encoder: Encoder, features: Features) -> None:
+    task = task_of(encoder, features, folds=40)
+    with pytest.raises(InputError, match="--folds 40: the rarest label has only 32 rows"):
+        in_folds(task, train_head(task_of(encoder, features)), np.arange(len(task.train)))
+
+
+def test_a_refitted_head_has_its_last_epochs_weights(encoder: Encoder, features: Features) -> None:
+    task = task_of(encoder, features)
+    head = train_head(task)
+    again = refit(task, head)
+    assert again.history.best == len(again.history.epochs) - 1 == head.history.best
+    np.testing.assert_array_equal(again.logits(features).numpy(), head.logits(features).numpy())
+
+
+def test_heads_train_on_one_thread_and_leave_the_others(encoder: Encoder, features: Features) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -67,6 +67,12 @@ def train(
     recipe: Annotated[Recipe, typer.Option("--recipe", help="The set of defaults to start from.")] = "headstart",
     thaw: Annotated[str, typer.Option("--thaw", metavar="0", help="Encoder layers to train; 0: none.")] = "0",
     head: Annotated[HeadKind | None, typer.Option("--head", help="pooled, or the architecture's own.")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", help="Heads that optuna tries, on stored features.")
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", metavar="K", help="Cross-validate, then train the head on all but test.")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", "--num-train-epochs", metavar="N", help="Most epochs.")
     ] = None,

@@ -55,6 +55,10 @@ class TrainConfig:
     """Width of a pooled head's hidden layer, 0 for none; None: picked on validation data."""
     head_dropout: float = 0.2
     """Dropout in a pooled head's hidden layer."""
+    trials: int | None = None
+    """How many heads optuna tries; None: the built-in search of a few dozen."""
+    folds: int | None = None
+    """Cross-validate in so many folds, then train the final head on all but the test part."""
     epochs: int = 60
     """Most epochs of the head stage."""
     patience: int | None = 4
@@ -83,7 +87,7 @@ class TrainConfig:
     """Replace a run folder that is there."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "clip_norm", "patience")
+        positive = ("epochs", "batch_size", "lr", "clip_norm", "patience", "trials")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -108,8 +112,12 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')} takes {known}, not {getattr(self, name)!r}.")
         if str(self.thaw) != "0":
             raise InputError(f"--thaw takes 0 (the encoder stays frozen), not {self.thaw!r}.")
+        if self.folds is not None and self.folds < 2:
+            raise InputError(f"--folds must be at least 2, and {self.folds} was given.")
         if self.recipe == "article" and self.head == "native":
             raise InputError("--recipe article has a head of its own: leave out --head native.")
+        if self.trials is not None and (self.recipe == "article" or self.head == "native"):
+            raise InputError("--trials searches pooled heads: leave out --recipe article and --head native.")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as plain JSON types."""

@@ -4,7 +4,8 @@ This room knows texts, labels, rows and parts. It knows nothing of file formats,
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,38 +14,35 @@ import polars as pl
 from numpy.typing import NDArray
 
 from headstart.config import MIN_ROWS
-from headstart.errors import DataError
-from headstart.tables import find_column, is_delimited, name_rows, parsing, read_columns, resolve_path, scan
+from headstart.errors import DataError, count_of
+from headstart.tables import is_delimited, name_rows, read_columns, resolve_path
 
+Indexes = NDArray[np.int64]
 Duplicates = Literal["together", "as they fall"]
+WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled texts in file order.
+    """n labelled texts in file order, none blank.
 
-    Attributes:
-        texts: n texts, none blank.
-        labels: (n,) int64 indexes into `names`.
-        names: the labels' names in label order: numbers numerically, strings lexically.
-        rows: (n,) int64 row numbers in the file, as a spreadsheet counts them.
-        notices: what was found and mended while reading, one sentence each.
-        columns: the columns that the texts and the labels came from.
-        source: the file, for messages.
+    `labels` are (n,) indexes into `names`, the labels in label order; `rows` are (n,) row numbers as a spreadsheet
+    counts them. `notices` say what was found and mended while reading, one sentence each; `columns` are where texts
+    and labels came from.
     """
 
     texts: list[str]
-    labels: NDArray[np.int64]
+    labels: Indexes
     names: tuple[str, ...]
-    rows: NDArray[np.int64]
+    rows: Indexes
     notices: tuple[str, ...] = ()
-    columns: tuple[str, str] = ("sentence", "label")
+    columns: tuple[str, ...] = ("sentence", "label")
     source: str = "the table"
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, index: NDArray[np.int64]) -> "Dataset":
+    def take(self, index: Indexes) -> "Dataset":
         """The rows at `index`, in that order."""
         texts = [self.texts[i] for i in index]
         return replace(self, texts=texts, labels=self.labels[index], rows=self.rows[index])
@@ -63,18 +61,22 @@ class Splits:
 # --- labels and rows
 
 
-def label_texts(column: pl.Series) -> list[str | None]:
-    """Each label as its name, None where blank: whole numbers lose `.0` and leading zeros, strings their spaces."""
+def label_texts(column: pl.Series, known: Sequence[str] = ()) -> list[str]:
+    """Each label as its name, empty where blank: strings without spaces around them, whole numbers in plain digits.
+
+    Numbers lose `.0` and leading zeros where all labels are whole numbers; where `known` are the labels that there
+    may be, a label loses them if it is known only so.
+    """
     if column.dtype.is_float():
-        values = column.fill_nan(None).to_list()
-        whole = all(value is None or float(value).is_integer() for value in values)
-        return [None if value is None else str(int(value)) if whole else str(value) for value in values]
-    strings = column.cast(pl.String).str.strip_chars()
-    values = [value or None for value in strings.to_list()]
-    present = {value for value in values if value is not None}
-    if present and all(re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", value) for value in present):
-        return [None if value is None else str(int(value.split(".")[0])) for value in values]
-    return values
+        column = column.fill_nan(None)
+    written = column.cast(pl.String).str.strip_chars().fill_null("").to_list()
+    present = set(written) - {""}
+    plain = {label: str(int(label.split(".")[0])) for label in present if WHOLE_NUMBER.fullmatch(label)}
+    if known:
+        plain = {label: number for label, number in plain.items() if label not in known and number in known}
+    elif len(plain) < len(present):
+        plain = {}
+    return [plain.get(label, label) for label in written]
 
 
 def label_order(labels: set[str]) -> tuple[str, ...]:
@@ -84,9 +86,9 @@ def label_order(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def shown(label: str) -> str:
-    """A label as messages quote it."""
-    return repr(label if len(label) <= 40 else label[:39] + "…")
+def shown(text: str, most: int = 40) -> str:
+    """A label or text as messages quote it."""
+    return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def text_key(text: str) -> str:
@@ -99,128 +101,84 @@ def load(
     text: str | None = None,
     label: str | None = None,
     *,
-    index: Mapping[str, int] | None = None,
+    known: Sequence[Sequence[str]] = (),
     least_rows: int = MIN_ROWS,
 ) -> Dataset:
-    """Read and check a table of labelled texts.
+    """Read and check a table of labelled texts: a path, an hf:// address, or `sample`; columns not named are found.
 
-    Args:
-        source: a path, an hf:// address, or `sample`.
-        text: the text column; None: find it.
-        label: the label column; None: find it.
-        index: the labels that there may be and their places, when another table has decided them.
-        least_rows: fewer usable rows are refused.
+    `known` are the labels that there may be, in label order, when another table has decided them; or several ways to
+    name them, of which the whole table uses one. The first that fits is taken, the last names them.
 
     Raises:
-        DataError: with every problem found in the table.
+        DataError: with every problem found in the table; fewer than `least_rows` usable rows are one.
     """
     path = resolve_path(source)
-    table, columns = read_columns(path, {"text": text, "label": label})
-    return _checked(
-        path,
-        table[columns[0]].cast(pl.String).to_list(),
-        label_texts(table[columns[1]]),
-        index=index,
-        least_rows=least_rows,
-        columns=columns,
-    )
+    table, columns = read_columns(path, text=text, label=label)
+    texts = table[columns[0]].cast(pl.String).fill_null("").to_list()
+    readings = [label_texts(table[columns[1]], names) for names in known or [()]]
+    rows = np.arange(len(texts)) + (2 if is_delimited(path) else 1)  # as a spreadsheet counts: the header is row 1
+    no_text = np.array([not one.strip() for one in texts])
+    no_label = np.array([not one for one in readings[0]]) & ~no_text
+    notices = [
+        f"{path}: dropped {count_of(len(dropped), 'row')} with an empty {what} ({name_rows(dropped)})."
+        for what, blank in (("text", no_text), ("label", no_label))
+        if (dropped := rows[blank].tolist())
+    ]
+    kept = np.flatnonzero(~no_text & ~no_label)
+    rows, texts = rows[kept], [texts[i] for i in kept]
+    readings = [[reading[i] for i in kept] for reading in readings]
+    problems: list[str] = []
+    if len(texts) < least_rows:
+        problems.append(f"{path}: has {count_of(len(texts), 'usable row')}, and at least {least_rows} are needed.")
+    if not known:
+        known = [names := label_order(set(readings[0]))]
+        if len(names) == 1:
+            problems.append(f"{path}: every row has the label {shown(names[0])}; at least two labels are needed.")
+        elif len(names) > max(2, len(texts) // 2):
+            problems.append(
+                f"{path}: the column {columns[1]!r} has {len(names):,} different values in {len(texts):,} rows, "
+                f"so it is no label. Choose the label's column with --label COLUMN."
+            )
+    places = [{name: i for i, name in enumerate(names)} for names in known]
+    strange = [set(reading) - place.keys() for reading, place in zip(readings, places, strict=True)]
+    best = min(range(len(known)), key=lambda i: len(strange[i]))
+    for one in sorted(strange[best]):
+        where = name_rows([row for row, label in zip(rows.tolist(), readings[best], strict=True) if label == one])
+        problems.append(
+            f"{path}: the label {shown(one)} ({where}) is not one of those trained on: {', '.join(known[best])}."
+        )
+    if problems:
+        raise DataError(problems)
+    fitting = [[places[i][label] for label in readings[i]] for i in range(len(known)) if not strange[i]]
+    if any(other != fitting[0] for other in fitting):
+        notices.append(
+            f"{path}: its labels are read as those trained on ({', '.join(known[best])}), not as the names shown for "
+            f"them ({', '.join(known[-1])})."
+        )
+    notices += _duplicates(path, texts, readings[best])
+    return Dataset(texts, np.array(fitting[0]), tuple(known[-1]), rows, tuple(notices), columns, path)
 
 
 def load_texts(source: str, text: str | None = None) -> list[str]:
-    """The texts of a table that need not be labelled, blank ones left out.
-
-    Raises:
-        DataError: it cannot be read, or has no text.
-    """
+    """The texts of a table that need not be labelled, blank ones left out; a `DataError` if there are none."""
     path = resolve_path(source)
-    frame = scan(path)
-    column = find_column(path, frame.collect_schema().names(), text, "text")
-    with parsing(path):
-        values = frame.select(column).collect()[column].cast(pl.String).to_list()
-    texts = [value for value in values if value is not None and value.strip()]
+    table, (column,) = read_columns(path, text=text)
+    texts = [value for value in table[column].cast(pl.String).to_list() if value and value.strip()]
     if not texts:
         raise DataError(f"{path}: has no text in the column {column!r}.")
     return texts
 
 
-def _checked(
-    source: str,
-    texts: list[str | None],
-    labels: list[str | None],
-    *,
-    index: Mapping[str, int] | None,
-    least_rows: int,
-    columns: tuple[str, str],
-) -> Dataset:
-    first_row = 2 if is_delimited(source) else 1  # as a spreadsheet counts: the header is row 1
-    problems: list[str] = []
-    notices: list[str] = []
-    kept: list[tuple[int, str, str]] = []
-    blank: dict[str, list[int]] = {"text": [], "label": []}
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=first_row):
-        if text is None or not text.strip():
-            blank["text"].append(row)
-        elif label is None:
-            blank["label"].append(row)
-        else:
-            kept.append((row, text, label))
-    for what, rows in blank.items():
-        if rows:
-            some = f"{len(rows):,} row{'s' if len(rows) != 1 else ''}"
-            notices.append(f"{source}: dropped {some} with an empty {what} ({name_rows(rows)}).")
-    present = {label for _, _, label in kept}
-    if len(kept) < least_rows:
-        problems.append(
-            f"{source}: has {len(kept)} usable row{'s' if len(kept) != 1 else ''}, "
-            f"and at least {least_rows} are needed."
-        )
-    if index is None:
-        names = label_order(present)
-        index = {label: place for place, label in enumerate(names)}
-        if len(names) == 1:
-            problems.append(f"{source}: every row has the label {shown(names[0])}; at least two labels are needed.")
-        elif len(names) > max(2, len(kept) // 2):
-            problems.append(
-                f"{source}: the column {columns[1]!r} has {len(names):,} different values in {len(kept):,} rows, "
-                f"so it is no label. Choose the label's column with --label COLUMN."
-            )
-    else:
-        names = tuple(label for label, _ in sorted(index.items(), key=lambda item: item[1]))
-        for strange in sorted(present - set(index)):
-            rows = [row for row, _, label in kept if label == strange]
-            problems.append(
-                f"{source}: the label {shown(strange)} ({name_rows(rows)}) is not one of those trained on: "
-                f"{', '.join(names)}."
-            )
-    if problems:
-        raise DataError(problems)
-    notices.extend(_duplicates(source, kept))
-    return Dataset(
-        [text for _, text, _ in kept],
-        np.array([index[label] for _, _, label in kept], dtype=np.int64),
-        names,
-        np.array([row for row, _, _ in kept], dtype=np.int64),
-        tuple(notices),
-        columns,
-        source,
-    )
-
-
-def _duplicates(source: str, kept: list[tuple[int, str, str]]) -> Iterator[str]:
-    seen: dict[str, set[str]] = {}
-    repeats = 0
-    for _, text, label in kept:
-        known = seen.setdefault(text_key(text), set())
-        repeats += bool(known)
-        known.add(label)
-    if repeats:
+def _duplicates(source: str, texts: list[str], labels: list[str]) -> Iterator[str]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for text, label in zip(texts, labels, strict=True):
+        found[text_key(text)].add(label)
+    if repeats := len(texts) - len(found):
         yield f"{source}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text."
-    conflicts = [key for key, known in seen.items() if len(known) > 1]
-    if conflicts:
-        example = conflicts[0] if len(conflicts[0]) <= 60 else conflicts[0][:59] + "…"
+    if conflicts := [key for key, different in found.items() if len(different) > 1]:
         yield (
             f"{source}: {len(conflicts):,} text{'s stand' if len(conflicts) != 1 else ' stands'} there with "
-            f"different labels (for example {example!r})."
+            f"different labels (for example {shown(conflicts[0], 60)})."
         )
 
 
@@ -234,19 +192,13 @@ def split(
 
     Without tables, scikit-learn's `train_test_split` is called twice, stratified: 30% off with
     `random_state=seed`, and that halved with the same seed. With one table given, 15 of the remaining 85 parts
-    become the other.
-
-    Args:
-        dataset: the rows to split.
-        validation: its own table, or None.
-        test: its own table, or None.
-        seed: scikit-learn's `random_state`.
-        duplicates: `together` moves all copies of a text to one part afterwards, to training if one is there.
+    become the other. `duplicates="together"` moves all copies of a text to one part afterwards, to training if one is
+    there.
 
     Raises:
         DataError: a class has too few rows to be in each part.
     """
-    rest = np.arange(len(dataset), dtype=np.int64)
+    rest = np.arange(len(dataset))
     parts = {"train": rest}
     if validation is None and test is None:
         parts["train"], rest = _cut(dataset, rest, 0.3, seed)
@@ -254,38 +206,33 @@ def split(
     elif validation is None or test is None:
         missing = "validation" if validation is None else "test"
         parts["train"], parts[missing] = _cut(dataset, rest, round(len(rest) * 15 / 85), seed)
-    notices = []
-    if duplicates == "together" and len(parts) > 1 and (moved := _gather_duplicates(dataset, parts)):
-        notices.append(
-            f"{moved:,} row{'s were' if moved != 1 else ' was'} moved so that copies of a text share one part."
-        )
+    notices = [notice for table in (dataset, validation, test) if table is not None for notice in table.notices]
+    if duplicates == "together" and (moved := _gather_duplicates(dataset, parts)):
+        notices.append(f"{count_of(moved, 'row')} moved so that copies of a text share one part.")
         for name, part in parts.items():
             if not len(part):
                 raise DataError(f"{dataset.source}: too many rows repeat another's text: nothing is left for {name}.")
             if lost := _absent(dataset, part):
                 names = ", ".join(shown(dataset.names[i]) for i in lost[:6])
                 notices.append(f"After that, no row in the {name} part has the label {names}.")
-    given = {"validation": validation, "test": test}
-    tables = {name: table for name, table in given.items() if table is not None}
-    tables |= {name: dataset.take(part) for name, part in parts.items()}
+    tables = {name: dataset.take(part) for name, part in parts.items()}
     known = {text_key(text) for text in tables["train"].texts}
-    for name, table in given.items():
-        if table is not None and (leaked := sum(text_key(text) in known for text in table.texts)):
-            notices.append(
-                f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''} "
-                f"in the training table: the {name} score may flatter."
-            )
+    for name, table in (("validation", validation), ("test", test)):
+        if table is not None:
+            tables[name] = table
+            if leaked := sum(text_key(text) in known for text in table.texts):
+                notices.append(
+                    f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''} "
+                    f"in the training table: the {name} score may flatter."
+                )
     return Splits(tables["train"], tables["validation"], tables["test"], tuple(notices))
 
 
-def _cut(
-    dataset: Dataset, rows: NDArray[np.int64], share: float | int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Indexes, Indexes]:
     from sklearn.model_selection import train_test_split
 
-    labels = dataset.labels[rows]
     try:
-        kept, off = train_test_split(rows, random_state=seed, test_size=share, stratify=labels)
+        kept, off = train_test_split(rows, random_state=seed, test_size=share, stratify=dataset.labels[rows])
     except ValueError as error:
         raise _too_few(dataset) from error
     if _absent(dataset, kept) or _absent(dataset, off):
@@ -293,17 +240,15 @@ def _cut(
     return kept, off
 
 
-def _absent(dataset: Dataset, part: NDArray[np.int64]) -> list[int]:
+def _absent(dataset: Dataset, part: Indexes) -> list[int]:
     """The labels that no row of a part has."""
-    return np.flatnonzero(np.bincount(dataset.labels[part], minlength=len(dataset.names)) == 0).tolist()
+    return np.setdiff1d(np.arange(len(dataset.names)), dataset.labels[part]).tolist()
 
 
 def _too_few(dataset: Dataset) -> DataError:
     counts = np.bincount(dataset.labels, minlength=len(dataset.names))
-    rarest = [int(i) for i in np.argsort(counts, kind="stable") if counts[i] < 7] or [int(counts.argmin())]
-    named = ", ".join(
-        f"{shown(dataset.names[i])} has {counts[i]} row{'s' if counts[i] != 1 else ''}" for i in rarest[:6]
-    )
+    rarest = [i for i in np.argsort(counts, kind="stable").tolist() if counts[i] < 7] or [int(counts.argmin())]
+    named = ", ".join(f"{shown(dataset.names[i])} has {count_of(counts[i], 'row')}" for i in rarest[:6])
     more = f" (and {len(rarest) - 6:,} more labels are as rare)" if len(rarest) > 6 else ""
     return DataError(
         f"{dataset.source}: too few rows to put each label in training, validation and test: the label {named}{more}. "
@@ -311,18 +256,14 @@ def _too_few(dataset: Dataset) -> DataError:
     )
 
 
-def _gather_duplicates(dataset: Dataset, parts: dict[str, NDArray[np.int64]]) -> int:
+def _gather_duplicates(dataset: Dataset, parts: dict[str, Indexes]) -> int:
     """Move copies of a text to the first part that has one; returns how many rows moved."""
     home: dict[str, str] = {}
     moved = 0
-    for name in parts:
-        stay = []
-        for row in parts[name].tolist():
-            place = home.setdefault(text_key(dataset.texts[row]), name)
-            if place == name:
-                stay.append(row)
-            else:
-                parts[place] = np.append(parts[place], row)
-                moved += 1
-        parts[name] = np.array(stay, dtype=np.int64)
+    for name, part in parts.items():
+        places = np.array([home.setdefault(text_key(dataset.texts[row]), name) for row in part], dtype=object)
+        for place in set(places) - {name}:
+            parts[place] = np.append(parts[place], part[places == place])
+        parts[name] = part[places == name]
+        moved += int((places != name).sum())
     return moved

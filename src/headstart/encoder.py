@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
-from headstart.engine import Engine, supports
+from headstart.engine import Engine, side_by_side, supports
 from headstart.errors import ModelError
 from headstart.tokens import Tokenizer, Tokens, like_length_batches
 
@@ -239,7 +239,7 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
     hf_tokenizer, tokenizer = load_tokenizer(folder)
     parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
     parts += [json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
-    parts += [torch.__version__, "transformers" if engine is None else "engine 1"]
+    parts += [torch.__version__, "transformers" if engine is None else "engine 2"]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     has_pooler = any(name.startswith("pooler.") for name in weights)
     return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)
@@ -387,10 +387,12 @@ def encode(
     """
     if encoder.engine is None:
         encoder.model.eval()
-    device = encoder.placement.device
-    for index in like_length_batches(tokens.lengths, most_tokens=most_tokens):
-        ids, mask = tokens.padded(index, encoder.tokenizer.pad_id)
-        attention_mask = torch.from_numpy(mask).to(device)
+
+    def features(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+        ids, mask = (
+            torch.from_numpy(a).to(encoder.placement.device) for a in tokens.padded(index, encoder.tokenizer.pad_id)
+        )
         with torch.inference_mode():
-            features = _forward(encoder, torch.from_numpy(ids).to(device), attention_mask, layout)
-        yield index, features.to("cpu", torch.float16).numpy()
+            return index, _forward(encoder, ids, mask, layout).clamp_(-65504, 65504).half().cpu().numpy()
+
+    return side_by_side(features, like_length_batches(tokens.lengths, most_tokens=most_tokens))

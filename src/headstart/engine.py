@@ -1,18 +1,31 @@
 """The frozen pass of BERT-shaped encoders in plain torch: quick to start and with nothing computed that is not read.
 
-Against the library's forward: query, key and value in one product; residuals added in place; means taken as each layer
-comes, so no layer's output is kept; layers above the highest one read are not run; and where only the first token of
-the last layer is read, that layer works on it alone. This room knows tensors and a model's own config.json; it imports
-no transformers, which takes seconds to start.
+Against the library's forward: query, key and value in one product; bias and residual added inside oneDNN's product;
+softmax as exp, product, division, since torch's own is slow on short rows; means taken as each layer comes, so no
+layer's output is kept; layers above the highest one read are not run; and where only the first token of the last layer
+is read, that layer works on it alone. Batches run side by side, a core each, rather than one batch on all cores. The
+numbers are in docs/performance.md. This room knows tensors and a model's own config.json; it imports no transformers,
+which takes seconds to start.
 """
 
+import collections
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+ROW_STEP = 256
+"""Products run on a multiple of this many rows: oneDNN takes milliseconds to compile a kernel for a new number."""
+
+SAFE_SUMS = (1e-30, 1e30)
+"""Sums of exponentials outside these bounds are computed again by torch's softmax, which subtracts the largest."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 BERT_NAMES = {
@@ -51,6 +64,32 @@ def supports(config: Mapping[str, Any]) -> bool:
     )
 
 
+def side_by_side(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+    """`function` of each item, in order, on as many threads as torch would use for one, with one torch thread each.
+
+    Small products leave a core waiting for the other; whole batches do not. Items are taken a few ahead, so that
+    memory stays flat.
+    """
+    workers = torch.get_num_threads()
+    if workers == 1:
+        yield from map(function, items)
+        return
+    waiting: collections.deque[Future[Any]] = collections.deque()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for item in items:
+                    waiting.append(pool.submit(function, item))
+                    if len(waiting) > 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no batch that has not begun
+    finally:
+        torch.set_num_threads(workers)
+
+
 class Engine:
     """A frozen encoder as a function of token ids, from a config.json and the base model's tensors.
 
@@ -69,15 +108,15 @@ class Engine:
         self.hidden = int(config["dim" if distil else "hidden_size"])
         self.heads = int(config["n_heads" if distil else "num_attention_heads"])
         self.eps = float(config.get("layer_norm_eps", 1e-12))
-        # RoBERTa counts positions from padding_idx + 1.
-        self.first_position = int(config.get("pad_token_id", 1)) + 1 if config["model_type"] == "roberta" else 0
+        self.pad_id = int(config.get("pad_token_id", 1)) if config["model_type"] == "roberta" else None
 
-        def tensor(name: str) -> torch.Tensor:
-            return weights[name].to(device, dtype)
+        def tensor(name: str, scale: float = 1.0) -> torch.Tensor:
+            return (weights[name] if scale == 1.0 else weights[name] * scale).to(device, dtype)
 
-        def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return tensor(name + ".weight"), tensor(name + ".bias")
+        def pair(name: str, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+            return tensor(name + ".weight", scale), tensor(name + ".bias", scale)
 
+        self.fused = device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.words = tensor("embeddings.word_embeddings.weight")
         self.positions = tensor("embeddings.position_embeddings.weight")
         if not distil:  # every token is of the first sentence
@@ -87,7 +126,8 @@ class Engine:
         self.layers = []
         for i in range(int(config["n_layers" if distil else "num_hidden_layers"])):
             at = f"{names['layer']}{i}."
-            parts = [pair(at + names[name]) for name in ("q", "k", "v")]
+            scales = {"q": (self.hidden // self.heads) ** -0.5, "k": 1.0, "v": 1.0}  # so that attention need not
+            parts = [pair(at + names[name], scale) for name, scale in scales.items()]
             qkv = torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])
             rest = [pair(at + names[name]) for name in ("out", "norm1", "up", "down", "norm2")]
             self.layers.append((qkv, *rest))
@@ -95,48 +135,88 @@ class Engine:
             raise ValueError("the weights are of another width than the configuration")
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
-        """Vectors of each text.
+        """Vectors of each text, (batch, len(layout), hidden) fp32, from token ids padded on the right and a 0/1 mask.
 
-        Args:
-            ids: (batch, length) token ids, padded on the right.
-            mask: (batch, length), 1 where a token is.
-            layout: `cls` (last layer's first token) or `mean-K` (of layer K over the text's tokens), in order.
-
-        Returns:
-            (batch, len(layout), hidden) fp32.
+        A layout has `cls` (last layer's first token) and `mean-K` (of layer K over the text's tokens), in order.
         """
         wanted = set(layout)
         highest = len(self.layers) if "cls" in wanted else max(int(re.sub(r"\D", "", name)) for name in wanted)
-        attend = None if bool(mask.all()) else mask.bool()[:, None, None, :]
-        tokens = mask.unsqueeze(1).to(self.words.dtype)
+        batch, length = ids.shape
+        tokens = mask.to(self.words.dtype)
         count = mask.sum(dim=1, keepdim=True).float()
         found: dict[str, torch.Tensor] = {}
 
         def note(layer: int, x: torch.Tensor) -> None:
             if f"mean-{layer}" in wanted:
-                found[f"mean-{layer}"] = torch.matmul(tokens, x).squeeze(1).float() / count
+                states = x[: batch * length].view(batch, length, -1)
+                found[f"mean-{layer}"] = torch.matmul(tokens.unsqueeze(1), states).squeeze(1).float() / count
 
-        positions = self.positions[self.first_position : self.first_position + ids.shape[1]]
-        x = self._normed(self.words[ids].add_(positions), self.norm)
+        attend = None if bool(mask.all()) else mask.bool()[:, None, None, :]
+        x = self._normed(self.words[ids].add_(self._positions(ids)), self.norm).view(batch * length, -1)
+        if self.fused:
+            x = F.pad(x, (0, 0, 0, -len(x) % ROW_STEP if len(x) > ROW_STEP else 0))
         if self.project is not None:
-            x = F.linear(x, *self.project)
+            x = self._product(x, self.project)
         note(0, x)
+        read = length
         for number, layer in enumerate(self.layers[:highest], start=1):
-            read = 1 if number == len(self.layers) and f"mean-{number}" not in wanted else ids.shape[1]
-            x = self._layer(x, attend, layer, read)
+            read = 1 if number == len(self.layers) and f"mean-{number}" not in wanted else length
+            x = self._layer(x, tokens, attend, layer, read)
             note(number, x)
-        found["cls"] = x[:, 0].float()
+        found["cls"] = x[: batch * read].view(batch, read, -1)[:, 0].float()
         return torch.stack([found[name] for name in layout], dim=1)
 
-    def _layer(self, x: torch.Tensor, attend: torch.Tensor | None, layer: Any, read: int) -> torch.Tensor:
-        """One layer's output for the first `read` tokens of each text."""
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Position embeddings; RoBERTa counts from its padding id + 1 and passes over that id."""
+        if self.pad_id is None:
+            return self.positions[: ids.shape[1]]
+        real = ids != self.pad_id
+        return self.positions[real.cumsum(dim=1) * real + self.pad_id]
+
+    def _layer(
+        self, x: torch.Tensor, tokens: torch.Tensor, attend: torch.Tensor | None, layer: Any, read: int
+    ) -> torch.Tensor:
+        """One layer's output, a row a token, for the first `read` tokens of each text."""
         qkv, out, norm1, up, down, norm2 = layer
-        batch, length, _ = x.shape
-        q, k, v = F.linear(x, *qkv).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q[:, :, :read], k, v, attn_mask=attend)
-        mixed = mixed.transpose(1, 2).reshape(batch, read, self.hidden)
-        x = self._normed(F.linear(mixed, *out).add_(x[:, :read]), norm1)
-        return self._normed(F.linear(F.gelu(F.linear(x, *up)), *down).add_(x), norm2)
+        batch, length = tokens.shape
+        parts = self._product(x, qkv)[: batch * length].view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = self._attention(parts, tokens, attend, read).transpose(1, 2)
+        if read < length:
+            x = x[: batch * length].view(batch, length, -1)[:, :read].reshape(batch * read, -1)
+        rows = x.new_zeros(x.shape)
+        rows[: batch * read].view(batch, read, self.heads, -1).copy_(mixed)
+        x = self._normed(self._product(rows, out, x), norm1)
+        return self._normed(self._product(torch._C._nn.gelu_(self._product(x, up)), down, x), norm2)
+
+    def _attention(
+        self, parts: torch.Tensor, tokens: torch.Tensor, attend: torch.Tensor | None, read: int
+    ) -> torch.Tensor:
+        """softmax(q·kᵀ)·v of (3, batch, heads, length, d), for `read` queries: (batch, heads, read, d).
+
+        q comes scaled. Padding is left out by zeros in v and in the row that sums the exponentials.
+        """
+        batch, length = tokens.shape
+        if self.fused:
+            q, k, v = parts.reshape(3, batch * self.heads, length, -1)
+            weights = torch.bmm(q[:, :read], k.transpose(1, 2)).exp_()
+            real = tokens.repeat_interleave(self.heads, dim=0).unsqueeze(2)
+            sums = torch.bmm(weights, real)
+            low, high = sums.aminmax()
+            if SAFE_SUMS[0] < float(low) and float(high) < SAFE_SUMS[1]:
+                return torch.bmm(weights, v * real).div_(sums).view(batch, self.heads, read, -1)
+        q, k, v = parts
+        return F.scaled_dot_product_attention(q[:, :, :read], k, v, attn_mask=attend, scale=1.0)
+
+    def _product(
+        self, x: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x·Wᵀ + b, and a residual: in one go where oneDNN is."""
+        if not self.fused:
+            product = F.linear(x, *weights)
+            return product if residual is None else product.add_(residual)
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, *weights, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *weights, "add")
 
     def _normed(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, norm[0].shape, norm[0], norm[1], self.eps)
@@ -165,16 +245,12 @@ class PooledHead(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("scale", torch.ones(inputs))
-        self.hidden = nn.Linear(inputs, width) if width else None
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(width or inputs, labels)
+        hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)] if width else []
+        self.layers = nn.Sequential(*hidden, nn.Linear(width or inputs, labels))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, inputs) features to (batch, labels) logits."""
-        x = (features - self.mean) * self.scale
-        if self.hidden is not None:
-            x = self.dropout(torch.relu(self.hidden(x)))
-        return self.out(x)
+        return self.layers((features - self.mean) * self.scale)
 
 
 class PooledScorer:
@@ -193,7 +269,8 @@ class PooledScorer:
         self.engine = Engine(config["encoder"], body, device, dtype)
         self.pooler = {name: tensor.to(device) for name, tensor in body.items() if name.startswith("pooler.")}
         head = _below(weights, "head.")
-        self.head = PooledHead(len(head["mean"]), config["head_width"], len(head["out.bias"]), 0.0)
+        last = max(name for name in head if name.startswith("layers."))
+        self.head = PooledHead(len(head["mean"]), config["head_width"], len(head[last]), 0.0)
         self.head.load_state_dict(head)
         self.head.to(device).eval()
         self.features: list[str] = config["head_features"]

@@ -13,7 +13,6 @@ from pathlib import Path
 CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code != 9}
 """Control characters, which a hostile text could use to drive a terminal, are shown as a replacement sign."""
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room."""
 
@@ -21,6 +20,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def printable(text: str) -> str:
     """A text safe to print on one line of a terminal."""
     return text.translate(CONTROL)
+
+
+def count_of(number: int, thing: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 class HeadstartError(Exception):
@@ -36,11 +40,7 @@ class InputError(HeadstartError):
 
 
 class DataError(InputError):
-    """A table cannot be used. Holds every problem found in it, not only the first.
-
-    Args:
-        problems: one sentence a problem.
-    """
+    """A table cannot be used. Holds every problem found in it, one sentence each, not only the first."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -67,26 +67,22 @@ class StoppedEarlyError(HeadstartError):
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn the disk's refusals inside the block into one sentence about `path`.
-
-    Raises:
-        DiskError: no space, no permission, read-only, or a file where a folder must be.
-    """
+    """Turn the disk's refusals inside the block into a `DiskError` about `path`."""
     try:
         yield
     except Exception as error:
         number = disk_errno(error)
         if number in FULL:
-            message = f"{path}: the disk is full. Free some space or choose another --out, and run it again."
+            why = "the disk is full. Free some space or choose another --out, and run it again."
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = f"{path}: cannot be written (no permission). Choose another folder or change its mode."
+            why = "cannot be written (no permission). Choose another folder or change its mode."
         elif number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            message = f"{path}: cannot be written: a part of the path is missing or is no folder."
+            why = "cannot be written: a part of the path is missing or is no folder."
         elif number == errno.ENAMETOOLONG:
-            message = f"{str(path)[:60]}…: the file name is too long for this disk. Choose a shorter one."
+            path, why = f"{str(path)[:60]}…", "the file name is too long for this disk. Choose a shorter one."
         else:
             raise
-        raise DiskError(message) from error
+        raise DiskError(f"{path}: {why}") from error
 
 
 def disk_errno(error: Exception) -> int | None:

@@ -12,17 +12,21 @@ This room knows files and arrays; what the vectors mean is the encoder's busines
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
+import psutil
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -38,6 +42,11 @@ FORMAT = "1"
 KEY_BYTES = 16
 SEGMENT_BYTES = 64 * 1024**2
 """A segment is written whenever this much is ready, so that an interrupted pass keeps what it has done."""
+
+IN_MEMORY_SHARE = 0.25
+"""Of the memory that is free, what one array may take; a larger one is mapped from disk."""
+
+READ_ROWS = 1024
 
 Batch = tuple[NDArray[np.int64], NDArray[np.float16]]
 
@@ -71,18 +80,58 @@ def text_keys(tokens: Tokens) -> NDArray[np.void]:
 class Features:
     """The frozen encoder's output for n texts, and what it cost.
 
-    `values` is (n, vectors, hidden) in half precision, `layout` says what each vector is. Of the distinct `texts`, so
-    many were `encoded` now and so many `reused` from the store; their vectors have so many `bytes`. `warnings` has a
-    sentence for each damage found.
+    `distinct` is (texts, vectors, hidden) in half precision, one entry a distinct text, memory-mapped where it is
+    large; text i has the vectors `distinct[rows[i]]`, and `layout` says what each vector is. Of the distinct texts, so
+    many were `encoded` now and so many `reused` from the store. `warnings` has a sentence for each damage found.
     """
 
-    values: NDArray[np.float16]
+    distinct: NDArray[np.float16]
+    rows: NDArray[np.int64]
     layout: tuple[str, ...]
-    texts: int
     encoded: int
     reused: int
-    bytes: int
     warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def values(self) -> NDArray[np.float16]:
+        """(n, vectors, hidden), a copy."""
+        return self.distinct[self.rows]
+
+    def columns(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """(n, len(names), hidden): some of the layout's vectors of each text."""
+        places = [self.layout.index(name) for name in names]
+        found = roomy((len(self), len(names), self.distinct.shape[2]), np.float32)
+        for start in range(0, len(self), READ_ROWS):
+            found[start : start + READ_ROWS] = self.distinct[self.rows[start : start + READ_ROWS]][:, places]
+        return found
+
+    def take(self, index: NDArray[np.int64]) -> "Features":
+        """The texts at `index`, in that order."""
+        return replace(self, rows=self.rows[index])
+
+    def cost(self) -> dict[str, int]:
+        """As `metrics.json` has it: distinct texts, how many were encoded and reused, and their bytes."""
+        sizes = {"texts": len(self.distinct), "bytes": self.distinct.nbytes}
+        return {**sizes, "encoded": self.encoded, "reused": self.reused}
+
+
+def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) -> NDArray[Any]:
+    """An empty array: in memory, or mapped from a nameless file in the cache where it would take much of what is free.
+
+    Raises:
+        DiskError: there is no room for the file.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < IN_MEMORY_SHARE * psutil.virtual_memory().available:
+        return np.empty(shape, dtype)
+    folder = cache_folder()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return np.memmap(file, dtype, mode="w+", shape=shape)
 
 
 class Shelf:
@@ -243,7 +292,7 @@ def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
     layout = stored_layout(encoder)
     shelf = shelf_for(encoder, layout)
     keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
-    values = np.empty((len(keys), *shelf.shape), dtype=np.float16)
+    values = roomy((len(keys), *shelf.shape), np.float16)
     missing = np.flatnonzero(~shelf.lookup(keys, values))
     if len(missing):
         batches = encode(encoder, tokens.take(first[missing]), layout)
@@ -252,15 +301,8 @@ def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
                 rows = missing[part]
                 values[rows] = fresh
                 shelf.append(keys[rows], fresh)
-    return Features(
-        values[where.ravel()],
-        layout,
-        texts=len(keys),
-        encoded=len(missing),
-        reused=len(keys) - len(missing),
-        bytes=values.nbytes,
-        warnings=tuple(shelf.warnings),
-    )
+    reused = len(keys) - len(missing)
+    return Features(values, where.ravel(), layout, len(missing), reused, tuple(shelf.warnings))
 
 
 def _in_segments(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.errors import printable
+
 ECE_BINS = 15
 
 
@@ -18,32 +20,26 @@ def evaluate(probabilities: NDArray[np.float64], truth: NDArray[np.int64], names
     Args:
         probabilities: (n, labels), rows sum to 1.
         truth: (n,) label indexes.
-        names: the labels' names in label order.
+        names: the labels in label order.
     """
     from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
-    classes = np.arange(len(names))
+    classes = range(len(names))
     predicted = probabilities.argmax(axis=1)
     correct = int((predicted == truth).sum())
-    precision, recall, f1, support = precision_recall_fscore_support(
-        truth, predicted, labels=classes, zero_division=0.0
-    )
+    scores = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
+    per_label = {
+        name: {"precision": precision, "recall": recall, "f1": f1, "support": int(support)}
+        for name, (precision, recall, f1, support) in zip(names, np.stack(scores, axis=1).tolist(), strict=True)
+    }
     return {
         "n": len(truth),
         "accuracy": correct / len(truth),
         "accuracy_ci95": list(accuracy_interval(correct, len(truth))),
-        "macro_f1": float(f1[support > 0].mean()),
+        "macro_f1": float(np.mean([one["f1"] for one in per_label.values() if one["support"]])),
         "log_loss": float(log_loss(truth, probabilities, labels=classes)),
         "ece": calibration_error(probabilities, truth),
-        "per_label": {
-            name: {
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "support": int(support[i]),
-            }
-            for i, name in enumerate(names)
-        },
+        "per_label": per_label,
         "confusion_matrix": confusion_matrix(truth, predicted, labels=classes).tolist(),
         "labels": list(names),
     }
@@ -60,29 +56,18 @@ def accuracy_interval(correct: int, n: int) -> tuple[float, float]:
 def calibration_error(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
     """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, equation 3)."""
     confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == truth
+    gaps = (probabilities.argmax(axis=1) == truth) - confidence
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    error = 0.0
-    for k in np.unique(bins):
-        inside = bins == k
-        error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
-    return float(error)
+    return float(np.abs(np.bincount(bins, gaps)).sum() / len(truth))
 
 
 def report_text(probabilities: NDArray[np.float64], truth: NDArray[np.int64], names: Sequence[str]) -> str:
-    """scikit-learn's classification report."""
+    """scikit-learn's classification report; a label has one line whatever is in its name."""
     from sklearn.metrics import classification_report
 
-    return str(
-        classification_report(
-            truth,
-            probabilities.argmax(axis=1),
-            labels=range(len(names)),
-            target_names=list(names),
-            digits=3,
-            zero_division=0.0,
-        )
-    )
+    shown, classes = list(map(printable, names)), range(len(names))
+    predicted = probabilities.argmax(axis=1)
+    return str(classification_report(truth, predicted, labels=classes, target_names=shown, digits=3, zero_division=0.0))
 
 
 def baselines(
@@ -95,6 +80,7 @@ def baselines(
     from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
     from sklearn.pipeline import make_pipeline
 
     majority = DummyClassifier(strategy="most_frequent").fit(train_texts, train_labels)
@@ -109,17 +95,9 @@ def baselines(
         if "empty vocabulary" not in str(error):
             raise
         tfidf = majority  # texts without a single word: nothing for TF-IDF to go by
-    return {
-        "majority": _score(majority.predict(test_texts), test_labels),
-        "tfidf_logreg": _score(tfidf.predict(test_texts), test_labels),
-    }
-
-
-def _score(predicted: NDArray[np.int64], truth: NDArray[np.int64]) -> dict[str, float]:
-    from sklearn.metrics import f1_score
-
-    present = np.unique(truth)
-    return {
-        "accuracy": float((predicted == truth).mean()),
-        "macro_f1": float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0.0)),
-    }
+    scores = {}
+    for name, model in (("majority", majority), ("tfidf_logreg", tfidf)):
+        said = model.predict(test_texts)
+        f1 = f1_score(test_labels, said, labels=np.unique(test_labels), average="macro", zero_division=0.0)
+        scores[name] = {"accuracy": float((said == test_labels).mean()), "macro_f1": float(f1)}
+    return scores

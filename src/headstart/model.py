@@ -34,13 +34,9 @@ SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The shape of a pooled head.
+    """The shape of a pooled head: what it reads (`pooler`, `cls` or `mean-K`, in order) and its hidden layer (0: none).
 
-    Attributes:
-        features: what it reads: `pooler`, `cls` or `mean-K`, in order.
-        width: of its hidden layer; 0: none.
-        dropout: in its hidden layer.
-        standardize: whether inputs are shifted and scaled by the training texts' mean and deviation.
+    With `standardize`, inputs are shifted and scaled by the training texts' mean and deviation.
     """
 
     features: tuple[str, ...]
@@ -50,41 +46,26 @@ class HeadSpec:
 
 
 def head_inputs(encoder: Encoder, features: Features, names: Sequence[str]) -> torch.Tensor:
-    """What a pooled head reads, from stored features: (n, len(names) * hidden) fp32.
-
-    Raises:
-        ModelError: a name that the store does not keep.
-    """
-    parts = []
-    for name in names:
-        stored = "cls" if name == "pooler" else name
-        if stored not in features.layout:
-            raise ModelError(f"There is no feature {name!r} here; there are: pooler, {', '.join(features.layout)}.")
-        vectors = torch.from_numpy(features.values[:, features.layout.index(stored)].astype(np.float32))
-        if name == "pooler" and encoder.has_pooler:
-            vectors = pooled_output(encoder.weights, vectors)
-        parts.append(vectors)
-    return torch.cat(parts, dim=1)
+    """What a pooled head reads, from stored features: (n, len(names) * hidden) fp32."""
+    stored = ["cls" if name == "pooler" else name for name in names]
+    if unknown := [name for name, there in zip(names, stored, strict=True) if there not in features.layout]:
+        raise ModelError(f"There is no feature {unknown[0]!r} here; there are: pooler, {', '.join(features.layout)}.")
+    inputs = torch.from_numpy(features.columns(stored))
+    if "pooler" in names and encoder.has_pooler:
+        place = list(names).index("pooler")
+        inputs[:, place] = pooled_output(encoder.weights, inputs[:, place])
+    return inputs.flatten(1)
 
 
-def new_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
-    """A fresh pooled head for `inputs` (n, d), whose statistics it takes."""
+def new_head(inputs: int, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
+    """A fresh pooled head that reads `inputs` numbers, as they are until its `mean` and `scale` are set."""
     torch.manual_seed(seed)
-    head = PooledHead(inputs.shape[1], spec.width, labels, spec.dropout)
-    if spec.standardize:
-        head.mean.copy_(inputs.mean(dim=0))
-        head.scale.copy_(1 / inputs.std(dim=0).clamp_min(1e-6))
-    return head
+    return PooledHead(inputs, spec.width, labels, spec.dropout)
 
 
 @dataclass(frozen=True)
 class PooledModel:
-    """An encoder, without the layers that its head does not read, and the head: what a run folder holds of them.
-
-    Attributes:
-        config: the content of config.json.
-        tensors: the content of model.safetensors.
-    """
+    """The config.json and model.safetensors of an encoder, without layers that its head does not read, and the head."""
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
@@ -98,18 +79,18 @@ def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Seque
     """
     features = ["cls" if name == "pooler" and not encoder.has_pooler else name for name in spec.features]
     shape = config_dict(encoder.config)
-    tensors = {name: tensor for name, tensor in encoder.weights.items() if not name.startswith("pooler.")}
-    if "pooler" in features:
-        tensors = dict(encoder.weights)
-    elif "cls" not in features and encoder.config.model_type in SHORTENED:
+    highest = encoder.layers
+    if encoder.config.model_type in SHORTENED and not {"cls", "pooler"} & set(features):
         highest = max(1, *(int(name.removeprefix("mean-")) for name in features))
         shape["n_layers" if "n_layers" in shape else "num_hidden_layers"] = highest
-        above = re.compile(r"(?:encoder|transformer)\.layer\.(\d+)\.")
-        tensors = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if not (at := above.match(name)) or int(at.group(1)) < highest
-        }
+
+    def is_read(name: str) -> bool:
+        if layer := re.match(r"(?:encoder|transformer)\.layer\.(\d+)\.", name):
+            return int(layer[1]) < highest
+        return "pooler" in features or not name.startswith("pooler.")
+
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.weights.items() if is_read(name)}
+    tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     config = {
         "model_type": "headstart",
         "architectures": ["HeadstartForSequenceClassification"],
@@ -125,17 +106,11 @@ def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Seque
         "transformers_version": importlib.metadata.version("transformers"),
         **label_settings(names),
     }
-    whole = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    whole |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    return PooledModel(config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()})
+    return PooledModel(config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
 class StoredBody(nn.Module):
-    """Stands in for the encoder of a `...ForSequenceClassification` model: takes its stored output as input.
-
-    Args:
-        body: the encoder whose pooler, if it has one, is used (and trained).
-    """
+    """Stands in for the encoder of a `...ForSequenceClassification` model: is given stored output, has its pooler."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
@@ -143,7 +118,7 @@ class StoredBody(nn.Module):
         self.pooler_activation = getattr(body, "pooler_activation", None)
 
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """(batch, hidden) stored vectors, passed on as a sequence of one token."""
+        """(batch, hidden) stored vectors to a sequence of one token."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         from headstart.modeling_headstart import pooler_output
@@ -153,11 +128,7 @@ class StoredBody(nn.Module):
 
 
 class NativeHead(nn.Module):
-    """A `...ForSequenceClassification` model as a function of stored features: (batch, hidden) to logits.
-
-    Args:
-        model: the transformers model; its body is set aside until `whole` puts it back.
-    """
+    """A `...ForSequenceClassification` model whose body is set aside until `whole` puts it back."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -167,7 +138,7 @@ class NativeHead(nn.Module):
         self.model = model
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, labels)."""
+        """(batch, hidden) stored features to (batch, labels) logits."""
         return self.model(input_ids=features).logits
 
     def whole(self) -> Any:
@@ -177,16 +148,11 @@ class NativeHead(nn.Module):
 
 
 def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
-    """The architecture's own classifier on this encoder, with a fresh head.
-
-    Raises:
-        ModelError: transformers has none for this architecture.
-    """
+    """The architecture's own classifier on this encoder, with a fresh head; a `ModelError` if transformers has none."""
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(encoder.config)
-    for name, value in label_settings(names).items():
-        setattr(config, name, value)
+    config.update(label_settings(names))
     torch.manual_seed(seed)
     try:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -194,13 +160,10 @@ def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
         raise ModelError(f"{encoder.source}: {config.model_type} has no head of its own; use --head pooled.") from error
     empty = getattr(model, model.base_model_prefix)
     missing, _ = empty.load_state_dict(encoder.weights, strict=False)
-    strange = [name for name in missing if "pooler" not in name]
-    if strange:
+    if strange := [name for name in missing if "pooler" not in name]:
         raise ModelError(f"{encoder.source}: its weights do not fit {type(model).__name__} ({strange[0]} is missing).")
-    for parameter in empty.parameters():
-        parameter.requires_grad_(requires_grad=False)
-    if getattr(empty, "pooler", None) is not None:
-        empty.pooler.requires_grad_(requires_grad=True)  # it stands after the encoder's output: part of the head
+    for name, parameter in empty.named_parameters():
+        parameter.requires_grad_("pooler" in name)  # it stands after the encoder's output: part of the head
     return model
 
 
@@ -224,14 +187,9 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier, as a run folder holds it.
+    """A trained classifier, as a run folder holds it: `names` are in label order, a text is cut to `max_length` tokens.
 
-    Attributes:
-        model: the transformers model, in eval mode.
-        tokenizer: ours.
-        names: the labels in label order.
-        max_length: tokens kept of a text.
-        info: headstart.json; empty for a model that headstart did not train.
+    `info` is headstart.json, empty for a model that headstart did not train.
     """
 
     model: Any
@@ -248,78 +206,116 @@ class Classifier:
         return (found if isinstance(found, torch.Tensor) else found.logits).float().cpu()
 
 
-def check_out(out: Path, overwrite: str) -> None:
+Stamp = tuple[int, int]
+"""Which run it is that lies in a folder: inode and time of its headstart.json."""
+
+
+def _stamp(folder: Path) -> Stamp | None:
+    try:
+        found = (folder / "headstart.json").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def check_out(out: Path, *, overwrite: bool) -> Stamp | None:
     """Refuse an output folder that cannot or must not be written, before any work is done.
 
-    Args:
-        out: the run folder to be.
-        overwrite: `replace` allows a folder that is there; `refuse` does not.
-
-    Raises:
-        RunError: it is not empty, or is a file.
-        DiskError: it cannot be written.
+    Returns the run in it that `new_folder` may replace, if there is one and `overwrite` was asked for.
     """
     with disk_errors(out):
         if out.is_file():
             raise RunError(f"{out}: is a file; --out takes a folder.")
-        if overwrite == "refuse" and out.is_dir() and any(out.iterdir()):
-            raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
-        if overwrite == "replace" and out.is_dir() and any(out.iterdir()) and not (out / "headstart.json").is_file():
-            raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
+        stamp = _stamp(out)
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
+            if stamp is None:
+                raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
         place = out.absolute().parent
         while not place.exists():  # its missing folders are made when there is something to put into them
             place = place.parent
-        probe = place / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+        probe = _beside(place / out.name, "tmp")
         probe.mkdir()
         probe.rmdir()
+        return stamp
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, replaces: Stamp | None = None) -> Iterator[Path]:
     """A folder to fill beside `out`; at the end it is synced and renamed to `out`, or removed if anything failed.
 
-    Raises:
-        DiskError: full, read-only or forbidden.
+    Only the run that `check_out` saw makes way. If anything else has come to be at `out`, a `RunError` says which name
+    the folder has got instead.
     """
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
     with disk_errors(out):
+        place = out.resolve()  # a link stays one
+        temporary = _beside(place, "tmp")
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone; a server may be another
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
-            for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-                sync_folder(folder)
-            replaced = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.old"
-            if out.exists():
-                out.rename(replaced)
-            temporary.rename(out)
-            sync_folder(out.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _settle(temporary)
+            replaced = _set_aside(place, replaces) if replaces is not None else None
+            kept = _rename(temporary, place)
+            sync_folder(place.parent)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    if kept != place:
+        raise RunError(
+            f"{out}: something has come to be there since this run began, so it was left alone. "
+            f"This run's result is kept in {kept}."
+        )
 
 
-def _umask() -> int:
+def _beside(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}"
+
+
+def _settle(folder: Path) -> None:
+    """Give files the usual mode (safetensors writes for the owner alone), and wait until the disk has everything."""
     mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
-    return mask
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            path.chmod(0o666 & ~mask)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _set_aside(place: Path, run: Stamp) -> Path | None:
+    """Rename the folder at `place` if it holds that run; it is looked at where no other process can exchange it."""
+    aside = _beside(place, "old")
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(aside)
+        if _stamp(aside) == run:
+            return aside
+        _rename(aside, place)
+    return None
+
+
+def _rename(folder: Path, place: Path) -> Path:
+    """Rename to `place` if that is free or an empty folder, else to `place`-2, `place`-3, …; returns the new name."""
+    target, number = place, 1
+    while True:
+        try:
+            if os.name == "nt" and target.is_dir():
+                target.rmdir()  # POSIX replaces an empty folder
+            return folder.rename(target)
+        except OSError:
+            if not os.path.lexists(target):
+                raise
+            number += 1
+            target = place.with_name(f"{place.name}-{number}")
 
 
 def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> None:
-    """Write a model and its tokenizer as a Hugging Face model folder.
-
-    Args:
-        folder: is there, and is empty.
-        model: a `PooledModel`, or a transformers model.
-        encoder: whose tokenizer it uses.
-        max_length: tokens kept of a text; transformers reads it from the tokenizer.
-    """
+    """Write a `PooledModel` or a transformers model, and the encoder's tokenizer, as a Hugging Face model folder."""
     tokenizer = copy.deepcopy(encoder.hf_tokenizer)
-    tokenizer.model_max_length = max_length
+    tokenizer.model_max_length = max_length  # where transformers reads it
     with quiet_transformers():
         tokenizer.save_pretrained(folder)
         if not isinstance(model, PooledModel):
@@ -331,11 +327,7 @@ def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> N
 
 
 def load_run(run: str | Path, placement: Placement) -> Classifier:
-    """Load a run folder (or another folder with a text classifier); no code in it is run.
-
-    Args:
-        run: the folder.
-        placement: where and in which format to compute; a pooled head computes in fp32.
+    """Load a run folder (or another folder with a text classifier); no code in it is run. A pooled head stays fp32.
 
     Raises:
         RunError: it is not one, or a file in it is missing or damaged.
@@ -352,51 +344,46 @@ def load_run(run: str | Path, placement: Placement) -> Classifier:
             weights = load_file(folder / "model.safetensors")
             model: Any = PooledScorer(config, weights, placement.device, placement.dtype)
         else:
-            model = _load_transformers(folder, placement)
-    except RunError:
-        raise
+            model = _load_transformers(folder, placement, "encoder" if pooled else None)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     labels = config["id2label"] if pooled else model.config.id2label
-    names = tuple(name for _, name in sorted(labels.items(), key=lambda item: int(item[0])))
-    body = config.get("encoder", config)
+    names = tuple(labels[key] for key in sorted(labels, key=int))
     limit = info.get("max_length") or min(int(tokenizer_config.get("model_max_length", 512)), 512)
-    return Classifier(model, Tokenizer.from_folder(folder, body.get("pad_token_id") or 0), names, limit, info)
+    pad_id = config.get("encoder", config).get("pad_token_id") or 0
+    return Classifier(model, Tokenizer.from_folder(folder, pad_id), names, limit, info)
 
 
-def _load_transformers(folder: Path, placement: Placement) -> Any:
+def _load_transformers(folder: Path, placement: Placement, body: str | None) -> Any:
+    """A transformers model, ours if it has a `body` that computes in another precision than the head."""
     from transformers import AutoModelForSequenceClassification
 
     from headstart.modeling_headstart import HeadstartForSequenceClassification
 
-    ours = read_json(folder, "config.json").get("model_type") == "headstart"
-    model_class = HeadstartForSequenceClassification if ours else AutoModelForSequenceClassification
+    model_class = HeadstartForSequenceClassification if body else AutoModelForSequenceClassification
     with quiet_transformers():
         model, report = model_class.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     if missing := [name for name in report["missing_keys"] if "position_ids" not in name]:
-        raise RunError(f"{folder}: model.safetensors lacks {len(missing)} weights (such as {missing[0]}).")
+        raise ValueError(f"model.safetensors lacks {len(missing)} weights, such as {missing[0]}")
     model.to(placement.device)
-    (model.encoder if ours else model).to(placement.dtype)
+    (getattr(model, body) if body else model).to(placement.dtype)
     return model.eval()
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """One of a run folder's JSON files.
-
-    Raises:
-        RunError: no folder, no such file in it, or not JSON.
-    """
+    """One of a run folder's JSON files; a `RunError` if it is not there or not JSON."""
     path = folder / name
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder. headstart train makes one.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{folder}: is not a run folder (it has no {name}). headstart train makes one.") from error
+        if isinstance(content, dict):
+            return content
+        problem = f"{path}: is not a JSON object."
     except (ValueError, OSError) as error:
-        raise RunError(f"{path}: cannot be read ({error}).") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: is not a JSON object.")
-    return content
+        problem = f"{path}: cannot be read ({error})."
+    if not folder.is_dir():
+        problem = f"{folder}: no such run folder. headstart train makes one."
+    elif not path.exists():
+        problem = f"{folder}: is not a run folder (it has no {name}). headstart train makes one."
+    raise RunError(problem)

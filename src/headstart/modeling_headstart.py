@@ -15,52 +15,37 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 def pool(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
-    """Reduce each text's hidden states to vectors.
+    """Reduce each text's hidden states to (batch, len(layout), hidden) fp32, rounded to half precision as features are.
 
     Args:
         hidden_states: L + 1 tensors (batch, length, hidden), the embeddings first.
         mask: (batch, length), 1 where a token is.
         layout: `cls` (last layer's first token) or `mean-K` (of layer K over the text's tokens), in order.
-
-    Returns:
-        (batch, len(layout), hidden) fp32, rounded to half precision as features are stored.
     """
     weights = mask.unsqueeze(1).to(hidden_states[0].dtype)
     count = mask.sum(dim=1, keepdim=True).float()
-    vectors = []
-    for name in layout:
-        if name == "cls":
-            vectors.append(hidden_states[-1][:, 0].float())
-        else:
-            total = torch.matmul(weights, hidden_states[int(name.removeprefix("mean-"))]).squeeze(1)
-            vectors.append(total.float() / count)
+    vectors = [
+        hidden_states[-1][:, 0].float()
+        if name == "cls"
+        else torch.matmul(weights, hidden_states[int(name.removeprefix("mean-"))]).squeeze(1).float() / count
+        for name in layout
+    ]
     return torch.stack(vectors, dim=1).clamp(-65504, 65504).half().float()
 
 
 class PooledHead(nn.Module):
-    """Standardise, optionally one hidden layer with ReLU and dropout, then a linear layer to logits.
-
-    Args:
-        inputs: width of what it reads.
-        width: of the hidden layer; 0 for none.
-        labels: how many.
-        dropout: probability, in the hidden layer.
-    """
+    """Standardise, optionally a hidden layer (`width`; 0: none) with ReLU and dropout, then logits."""
 
     def __init__(self, inputs: int, width: int, labels: int, dropout: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("scale", torch.ones(inputs))
-        self.hidden = nn.Linear(inputs, width) if width else None
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(width or inputs, labels)
+        hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)] if width else []
+        self.layers = nn.Sequential(*hidden, nn.Linear(width or inputs, labels))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, inputs) features to (batch, labels) logits."""
-        x = (features - self.mean) * self.scale
-        if self.hidden is not None:
-            x = self.dropout(torch.relu(self.hidden(x)))
-        return self.out(x)
+        return self.layers((features - self.mean) * self.scale)
 
 
 def pooler_output(body: Any, cls: torch.Tensor) -> torch.Tensor:
@@ -72,13 +57,9 @@ def pooler_output(body: Any, cls: torch.Tensor) -> torch.Tensor:
 
 
 class HeadstartConfig(PretrainedConfig):
-    """Configuration of `HeadstartForSequenceClassification`.
+    """A pooled head's shape, and the encoder's configuration as a dictionary.
 
-    Args:
-        encoder: the configuration of the encoder, as a dictionary.
-        head_features: what the head reads: `pooler`, `cls` or `mean-K`, in order.
-        head_width: width of its hidden layer; 0 for none.
-        head_dropout: dropout in its hidden layer.
+    The head reads `head_features` (`pooler`, `cls` or `mean-K`, in order); `head_width` 0 is no hidden layer.
     """
 
     model_type = "headstart"
@@ -128,23 +109,14 @@ class HeadstartForSequenceClassification(PreTrainedModel):
         """Token ids (batch, length) and their mask to logits (batch, labels), and a loss where labels are given."""
         if input_ids is None:
             raise ValueError("input_ids are needed.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        logits = self.head(self.features(output.hidden_states, attention_mask).flatten(1))
+        states, names = output.hidden_states, self.config.head_features
+        pooled = pool(states, attention_mask, ["cls" if name == "pooler" else name for name in names])
+        parts = list(pooled.unbind(dim=1))
+        if "pooler" in names:
+            place = names.index("pooler")
+            parts[place] = pooler_output(self.encoder, parts[place].to(states[0].dtype)).float()
+        logits = self.head(torch.cat(parts, dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
-
-    def features(self, hidden_states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """What the head reads, (batch, features, hidden)."""
-        names = self.config.head_features
-        pooled = pool(hidden_states, mask, ["cls" if name == "pooler" else name for name in names])
-        if "pooler" not in names:
-            return pooled
-        parts = [
-            pooler_output(self.encoder, pooled[:, i].to(hidden_states[0].dtype)).float()
-            if name == "pooler"
-            else pooled[:, i]
-            for i, name in enumerate(names)
-        ]
-        return torch.stack(parts, dim=1)

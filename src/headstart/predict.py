@@ -5,6 +5,7 @@ This room knows a loaded classifier and tables; it knows nothing of training.
 
 import contextlib
 import gzip
+import hashlib
 import itertools
 import os
 import sys
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from headstart.config import Device, Precision
 from headstart.encoder import choose_placement
+from headstart.engine import side_by_side
 from headstart.errors import DataError, disk_errors
 from headstart.model import Classifier, load_run
 from headstart.progress import bar
@@ -28,6 +30,12 @@ from headstart.tables import file_format, find_column, parsing, resolve_path, sc
 from headstart.tokens import like_length_batches
 
 CHUNK_ROWS = 2048
+SMALLEST_CHUNK = 64
+"""Fewer texts than this are not worth another thread."""
+
+MOST_REMEMBERED = 50_000
+"""Answers kept, some 300 bytes each, so that a text that comes again is not scored again."""
+
 MOST_TOKENS = 2048
 READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1"}
 """Left to itself polars reads a few hundred megabytes of a CSV ahead of a slow reader, which scoring is."""
@@ -40,27 +48,19 @@ def probabilities_of(logits: torch.Tensor) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was said of n texts.
-
-    Attributes:
-        probabilities: (n, labels).
-        cut: (n,) whether a text lost its end to max_length.
-    """
+    """What was said of n texts: (n, labels) probabilities, and (n,) whether a text lost its end to max_length."""
 
     probabilities: NDArray[np.float64]
     cut: NDArray[np.bool_]
 
 
 class Predictor:
-    """A trained classifier, ready to score texts.
-
-    Args:
-        classifier: from `headstart.model.load_run`.
-    """
+    """A trained classifier, ready to score texts."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.names = classifier.names
+        self.remembered: dict[bytes, tuple[NDArray[np.float64], bool]] = {}
 
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The likeliest label of each text."""
@@ -71,25 +71,37 @@ class Predictor:
         return self.score(texts).probabilities
 
     def score(self, texts: Sequence[str], *, progress: str | None = None) -> Scores:
-        """Probabilities of each text; a text that occurs twice is scored once.
+        """Probabilities of each text; a text that occurs twice, or was scored not long ago, is not scored again.
 
-        Args:
-            texts: n texts.
-            progress: the label of a progress bar.
+        `progress` labels a bar.
         """
-        place: dict[str, int] = {}
-        where = [place.setdefault(text, len(place)) for text in texts]
-        tokens = self.classifier.tokenizer(list(place))
-        limit = self.classifier.max_length
-        cut = tokens.lengths > limit
-        tokens = self.classifier.tokenizer.truncate(tokens, limit)
+        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+        answers = {key: answer for key in keys if (answer := self.remembered.get(key))}
+        fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
+        pending = list(fresh.values())
+        size = min(CHUNK_ROWS, max(SMALLEST_CHUNK, -(-len(pending) // torch.get_num_threads())))
+        chunks = (pending[start : start + size] for start in range(0, len(pending), size))
+        rows: list[tuple[NDArray[np.float64], bool]] = []
+        with bar(progress, len(fresh), "texts") as advance:
+            for scores in side_by_side(self._score, chunks):
+                rows.extend(zip(scores.probabilities, scores.cut.tolist(), strict=True))
+                advance(len(scores.cut), "")
+        answers |= zip(fresh, rows, strict=True)
+        if len(self.remembered) + len(fresh) > MOST_REMEMBERED:
+            self.remembered = {}
+        self.remembered |= itertools.islice(((key, answers[key]) for key in fresh), MOST_REMEMBERED)
+        probabilities = np.array([answers[key][0] for key in keys]).reshape(len(keys), len(self.names))
+        return Scores(probabilities, np.array([answers[key][1] for key in keys], dtype=bool))
+
+    def _score(self, texts: Sequence[str]) -> Scores:
+        """Scores of distinct texts, computed on one thread."""
+        tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
+        whole = tokenizer(texts)
+        tokens = tokenizer.truncate(whole, limit)
         logits = torch.empty(len(tokens), len(self.names))
-        shown = bar(progress, len(tokens), "texts") if progress else contextlib.nullcontext(lambda done, note: None)
-        with shown as advance:
-            for index in like_length_batches(tokens.lengths, most_tokens=MOST_TOKENS):
-                logits[index] = self.classifier.logits(*tokens.padded(index, self.classifier.tokenizer.pad_id))
-                advance(len(index), "")
-        return Scores(probabilities_of(logits)[where], cut[where])
+        for index in like_length_batches(tokens.lengths, most_tokens=MOST_TOKENS):
+            logits[index] = self.classifier.logits(*tokens.padded(index, tokenizer.pad_id))
+        return Scores(probabilities_of(logits), whole.lengths > limit)
 
 
 def load(run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> Predictor:
@@ -164,16 +176,23 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
         raise DataError(f"{path}: the column {nested[0]!r} holds lists or records; write .jsonl or .parquet.")
     totals = {"rows": 0, "blank": 0, "cut": 0}
 
-    def scored() -> Iterator[pl.DataFrame]:
-        with bar("scoring", None, "texts") as advance, parsing(path), environment(READ_AHEAD):
+    def parts() -> Iterator[pl.DataFrame]:
+        with parsing(path), environment(READ_AHEAD):
             for chunk in frame.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
-                for part in chunk.iter_slices(CHUNK_ROWS):
-                    columns, blank, cut = score_columns(predictor, part[column].cast(pl.String).to_list())
-                    totals["rows"] += part.height
-                    totals["blank"] += blank
-                    totals["cut"] += cut
-                    advance(part.height, "")
-                    yield part.with_columns(**columns)
+                yield from chunk.iter_slices(CHUNK_ROWS)
+
+    def with_scores(part: pl.DataFrame) -> tuple[pl.DataFrame, int, int]:
+        columns, blank, cut = score_columns(predictor, part[column].cast(pl.String).to_list())
+        return part.with_columns(**columns), blank, cut
+
+    def scored() -> Iterator[pl.DataFrame]:  # this thread reads and writes, others tokenise and compute
+        with bar("scoring", None, "texts") as advance:
+            for part, blank, cut in side_by_side(with_scores, parts()):
+                totals["rows"] += part.height
+                totals["blank"] += blank
+                totals["cut"] += cut
+                advance(part.height, "")
+                yield part
 
     empty = pl.DataFrame(schema=schema).with_columns(**score_columns(predictor, [])[0])
     if output == "-":
@@ -223,14 +242,7 @@ def _maybe_gzip(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
 
 
 def write_frames(file: BinaryIO, ending: str, frames: Iterable[pl.DataFrame], empty: pl.DataFrame) -> None:
-    """Write frames one after the other as CSV, TSV, JSON lines or one JSON array.
-
-    Args:
-        file: open for bytes.
-        ending: the format.
-        frames: all with the columns of `empty`.
-        empty: no rows; gives the header where there are no frames.
-    """
+    """Write frames, all with the columns of `empty`, one after the other as CSV, TSV, JSON lines or one JSON array."""
     if ending in (".csv", ".tsv"):
         separator = "\t" if ending == ".tsv" else ","
         file.write(empty.write_csv(separator=separator).encode())
@@ -272,12 +284,9 @@ class Answer:
 
 
 def label_lines(predictor: Predictor, lines: Iterable[str], at_once: int = 1) -> Iterator[Answer]:
-    """Label a text a line; blank lines are passed over.
+    """Label a text a line, of lines without end perhaps; blank ones are passed over.
 
-    Args:
-        predictor: a loaded classifier.
-        lines: may be endless.
-        at_once: lines read before the first is answered; 1 for a person who waits, more for a pipe.
+    `at_once` lines are read before the first is answered: 1 for a person who waits, more for a pipe.
     """
     texts = (text for line in lines if (text := line.strip()))
     while chunk := list(itertools.islice(texts, at_once)):

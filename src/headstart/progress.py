@@ -10,15 +10,19 @@ Advance = Callable[[int, str], None]
 """Called with how many more are done and a short note (a loss, say) shown beside the bar."""
 
 
-@contextmanager
-def bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """A bar that counts up to `total`, with rate and time left; None draws a pulse without an end.
+def _undrawn(done: int, note: str) -> None:
+    pass
 
-    Args:
-        label: what is being done.
-        total: how many there are.
-        unit: what is counted, in the plural.
+
+@contextmanager
+def bar(label: str | None, total: int | None, unit: str) -> Iterator[Advance]:
+    """A bar that counts up to `total` `unit`, with rate and time left; a `total` of None draws a pulse without an end.
+
+    `label` says what is being done; without one nothing is drawn.
     """
+    if label is None:
+        yield _undrawn
+        return
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -3,13 +3,13 @@
 This room draws and words; it computes nothing that it shows.
 """
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from headstart.errors import disk_errors, printable
@@ -27,13 +27,11 @@ def write_predictions(
     path: Path, texts: Sequence[str], truth: NDArray[np.int64], probabilities: NDArray[np.float64], names: Sequence[str]
 ) -> None:
     """`predictions.csv`: the test rows with their label, prediction, confidence and all probabilities."""
-    predicted = probabilities.argmax(axis=1)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label", "prediction", "confidence", *(f"p_{name}" for name in names)])
-        for text, label, best, row in zip(texts, truth, predicted, probabilities, strict=True):
-            shares = [f"{value:.6f}" for value in row]
-            writer.writerow([text, names[label], names[best], shares[best], *shares])
+    columns: dict[str, Any] = {"text": texts, "label": [names[i] for i in truth]}
+    columns["prediction"] = [names[i] for i in probabilities.argmax(axis=1)]
+    columns["confidence"] = probabilities.max(axis=1)
+    columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(names)}
+    pl.DataFrame(columns).write_csv(path, float_precision=6)
 
 
 # --- lengths
@@ -56,12 +54,8 @@ def histogram(lengths: NDArray[np.int64], bins: int = 16) -> list[str]:
 def lengths_text(advice: LengthAdvice) -> str:
     """What `headstart lengths` prints."""
     quantiles = "  ".join(f"{level:.0%} {value:,}" for level, value in advice.quantiles.items())
-    lines = [
-        f"Token lengths of {len(advice.lengths):,} texts (special tokens included)",
-        "",
-        *histogram(advice.lengths),
-    ]
-    lines += ["", f"Quantiles   {quantiles}", "", "max_length  texts cut  relative cost"]
+    lines = [f"Token lengths of {len(advice.lengths):,} texts (special tokens included)", ""]
+    lines += [*histogram(advice.lengths), "", f"Quantiles   {quantiles}", "", "max_length  texts cut  relative cost"]
     for one in advice.candidates:
         mark = "  <- advised" if one.max_length == advice.advised else ""
         lines.append(f"{one.max_length:>10,}  {one.cut:>9.2%}  {one.cost:>13.2f}{mark}")
@@ -70,22 +64,15 @@ def lengths_text(advice: LengthAdvice) -> str:
 
 
 def save_histogram(advice: LengthAdvice, path: Path) -> None:
-    """Draw the histogram of token lengths, with the advised max_length, as a PNG.
-
-    Raises:
-        DiskError: it cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw the histogram of token lengths, with the advised max_length, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     shown = np.minimum(advice.lengths, int(np.quantile(advice.lengths, 0.995, method="higher")))
     axes.hist(shown, bins=(np.arange(shown.min(), shown.max() + 2) - 0.5).tolist(), color="#4c78a8")
     axes.axvline(advice.advised, color="#e45756", linestyle="--", label=f"max_length {advice.advised} (advised)")
-    axes.set_xlabel("tokens a text, special tokens included")
-    axes.set_ylabel("texts")
+    axes.set(xlabel="tokens a text, special tokens included", ylabel="texts")
     axes.set_title(f"Token lengths of {len(advice.lengths):,} texts")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -97,15 +84,9 @@ def save_histogram(advice: LengthAdvice, path: Path) -> None:
 
 
 def summary_text(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> str:
-    """The one screen after training: what was done, what came out, where it is, what to do next.
-
-    Args:
-        run: the content of headstart.json.
-        metrics: the content of metrics.json.
-        report: scikit-learn's classification report on test.
-    """
-    test, features, split = metrics["test"], metrics["features"], run["split"]
-    low, high = test["accuracy_ci95"]
+    """The one screen after training, from headstart.json, metrics.json and scikit-learn's report on test."""
+    features, split, timing = metrics["features"], run["split"], metrics["timing"]
+    parts = [f"{name} {seconds:.1f}" for name, seconds in timing.items() if name != "total" and seconds >= 0.05]
     lines = [
         f"Data      {printable(run['settings']['data'])}: {split['train']:,} to train, {split['validation']:,} to "
         f"validate, {split['test']:,} to test; {_some(run['names'])}",
@@ -117,32 +98,44 @@ def summary_text(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str
         "",
         report.rstrip(),
         "",
-        f"Test      accuracy {test['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}), macro F1 "
-        f"{test['macro_f1']:.3f}, log loss {test['log_loss']:.3f}, calibration error {test['ece']:.3f}",
+        f"Test      accuracy {metrics['test']['accuracy']:.3f} {_details(metrics['test'])}",
+        *([f"Folds     {folds_text(metrics['folds'])}"] if "folds" in metrics else []),
         f"Compare   {compare_text(metrics)}",
-        f"Time      {metrics['timing']['total']:.1f} s ({', '.join(_times(metrics['timing']))})",
+        f"Time      {timing['total']:.1f} s ({', '.join(parts)})",
         f"Saved     {run['out']}",
         f'Next      headstart predict {run["out"]} "your text"',
     ]
     return "\n".join(lines)
 
 
+def folds_text(folds: Mapping[str, Any]) -> str:
+    """Cross-validation in words."""
+    low, high = min(folds["accuracy"]), max(folds["accuracy"])
+    return (
+        f"accuracy {folds['mean']:.3f} ± {folds['std']:.3f} over {folds['k']} folds ({low:.3f} to {high:.3f}); the "
+        "head saved was trained on all but the test part"
+    )
+
+
 def compare_text(metrics: Mapping[str, Any]) -> str:
     """The accuracy beside both baselines, and plainly whether it beats them."""
     mine = metrics["test"]["accuracy"]
-    majority = metrics["baselines"]["majority"]["accuracy"]
-    tfidf = metrics["baselines"]["tfidf_logreg"]["accuracy"]
+    majority, tfidf = (metrics["baselines"][name]["accuracy"] for name in ("majority", "tfidf_logreg"))
     best = max(majority, tfidf)
-    if mine > best:
-        verdict = f"better than both by {100 * (mine - best):.1f} points or more"
-    else:
+    verdict = f"better than both by {100 * (mine - best):.1f} points or more"
+    if mine <= best:
         name = "TF-IDF + logistic regression" if tfidf >= majority else "the commonest label"
-        verdict = f"NOT better than {name}" if mine < best else f"no better than {name}"
+        verdict = f"{'NOT' if mine < best else 'no'} better than {name}"
     return f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict}"
 
 
-def _times(timing: Mapping[str, float]) -> list[str]:
-    return [f"{name} {seconds:.1f}" for name, seconds in timing.items() if name != "total" and seconds >= 0.05]
+def _details(numbers: Mapping[str, Any]) -> str:
+    """What stands behind an accuracy."""
+    low, high = numbers["accuracy_ci95"]
+    return (
+        f"(95% interval {low:.3f} to {high:.3f}), macro F1 {numbers['macro_f1']:.3f}, log loss "
+        f"{numbers['log_loss']:.3f}, calibration error {numbers['ece']:.3f}"
+    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -152,34 +145,31 @@ def _some(names: Sequence[str]) -> str:
 
 def evaluation_text(numbers: Mapping[str, Any], report: str) -> str:
     """What `headstart evaluate` prints."""
-    low, high = numbers["accuracy_ci95"]
-    return (
-        f"{report.rstrip()}\n\nAccuracy {numbers['accuracy']:.3f} on {numbers['n']:,} texts (95% interval {low:.3f} to "
-        f"{high:.3f}), macro F1 {numbers['macro_f1']:.3f}, log loss {numbers['log_loss']:.3f}, "
-        f"calibration error {numbers['ece']:.3f}"
-    )
+    accuracy = f"Accuracy {numbers['accuracy']:.3f} on {numbers['n']:,} texts"
+    return f"{report.rstrip()}\n\n{accuracy} {_details(numbers)}"
 
 
 def model_card(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> str:
     """The run folder's README.md."""
-    test = metrics["test"]
+    test, split, settings = metrics["test"], run["split"], run["settings"]
     low, high = test["accuracy_ci95"]
+    data, name = (printable(Path(place).name) for place in (settings["data"], run["out"]))
     pooled = run["head"]["kind"] == "pooled"
     remote = ", trust_remote_code=True" if pooled else ""
     remark = (
         "The head is headstart's own, so transformers asks to run `modeling_headstart.py`, which is in this folder.\n\n"
     )
-    return f"""---
+    card = f"""---
 library_name: {"headstart" if pooled else "transformers"}
 pipeline_tag: text-classification
 tags: [text-classification, headstart]
 ---
 
-# {Path(run["out"]).name}
+# {name}
 
 A text classifier for {_some(run["names"])}, made by headstart {run["headstart"]} from
-`{Path(run["settings"]["data"]).name}` ({run["split"]["train"]:,} texts to train on, {run["split"]["validation"]:,} to
-choose on, {run["split"]["test"]:,} to test on; seed {run["settings"]["seed"]}).
+`{data}` ({split["train"]:,} texts to train on, {split["validation"]:,} to
+choose on, {split["test"]:,} to test on; seed {settings["seed"]}).
 
 ## Result on the test part
 
@@ -203,9 +193,10 @@ pipeline("text-classification", "."{remote})("your text")
 
 {remark if pooled else ""}## What it is
 
-Encoder `{run["settings"]["model"]}`; {run["head"]["description"]}. Texts are cut after {run["max_length"]} tokens.
+Encoder `{settings["model"]}`; {run["head"]["description"]}. Texts are cut after {run["max_length"]} tokens.
 
 ## Limits
 
 The numbers hold for texts like those it was trained on. It knows only the labels above and always gives one of them.
 """
+    return "\n".join(map(printable, card.split("\n")))

@@ -18,25 +18,19 @@ from headstart.config import TrainConfig
 from headstart.data import Dataset, Splits
 from headstart.encoder import Encoder, choose_placement, load_encoder
 from headstart.errors import DataError, InputError
-from headstart.features import frozen_features
+from headstart.features import Features, frozen_features
 from headstart.model import check_out, new_folder, save_model
 from headstart.predict import Predictor, probabilities_of
 from headstart.tokens import LengthAdvice, advise_length
 from headstart.train import History
-from headstart.trials import Task, train_head
+from headstart.trials import Task, TrainedHead, in_folds, refit, train_head
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training came to.
+    """What training came to: the content of metrics.json and headstart.json, and scikit-learn's report on test.
 
-    Attributes:
-        folder: the run folder.
-        metrics: the content of metrics.json.
-        info: the content of headstart.json.
-        report: scikit-learn's classification report on test.
-        notices: what was found in the data and mended, one sentence each.
-        interrupted: whether Ctrl-C ended training early.
+    `notices` say what was found in the data and mended; `interrupted` is whether Ctrl-C ended training early.
     """
 
     folder: Path
@@ -51,74 +45,59 @@ class Run:
         return report.summary_text(self.info, self.metrics, self.report)
 
 
-class Stopwatch:
-    """Wall seconds of the named parts of a run.
-
-    Args:
-        started: `time.time()` when the whole began.
-    """
-
-    def __init__(self, started: float) -> None:
-        self.started = started
-        self.seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
-
-    @contextlib.contextmanager
-    def measuring(self, part: str) -> Iterator[None]:
-        """Add the block's wall seconds to `part`."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.perf_counter() - begun
-
-    def timing(self) -> dict[str, float]:
-        """As `metrics.json` has it."""
-        total = time.time() - self.started
-        return {name: round(value, 3) for name, value in {**self.seconds, "total": total}.items()}
+@contextlib.contextmanager
+def measured(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the block's wall seconds to those of `part`."""
+    begun = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - begun
 
 
 def train(config: TrainConfig, started: float | None = None) -> Run:
-    """Train, test once, and write the run folder.
-
-    Args:
-        config: the settings, from `headstart.config.settings`.
-        started: `time.time()` when the process began, for the total; None: now.
+    """Train, test once, and write the run folder; the total counts from `started`, a `time.time()`, or from now.
 
     Raises:
         InputError: the data, the model, a setting or the output folder cannot be used; nothing is written.
     """
-    watch = Stopwatch(time.time() if started is None else started)
+    started = time.time() if started is None else started
+    seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
     out = Path(config.out) if config.out is not None else Path("runs") / default_name(config.data)
-    check_out(out, "replace" if config.overwrite else "refuse")
-    with watch.measuring("read"):
+    replaces = check_out(out, overwrite=config.overwrite)
+    with measured(seconds, "read"):
         splits, raw_labels = read(config)
     placement = choose_placement(config.device, config.precision)
-    with watch.measuring("encode"):
+    with measured(seconds, "encode"):
         encoder = load_encoder(config.model, placement)
-    with watch.measuring("tokenize"):
+    with measured(seconds, "tokenize"):
         parts = (splits.train, splits.validation, splits.test)
         tokens = encoder.tokenizer([text for part in parts for text in part.texts], progress="tokenizing")
         advice = advise_length(tokens.lengths[: len(splits.train)], limit=encoder.max_length, hidden=encoder.hidden)
         max_length, why = choose_length(config, advice, encoder)
         cut = encoder.tokenizer.truncate(tokens, max_length)
-    with watch.measuring("encode"):
+    with measured(seconds, "encode"):
         features = frozen_features(encoder, cut)
     bounds = np.cumsum([len(part) for part in parts])[:-1]
-    pieces = [replace(features, values=values) for values in np.split(features.values, bounds)]
+    pieces = [features.take(part) for part in np.split(np.arange(len(tokens)), bounds)]
     names = splits.train.names
-    with watch.measuring("train"):
+    with measured(seconds, "train"):
         task = Task(encoder, pieces[0], pieces[1], splits.train.labels, splits.validation.labels, names, config)
-        head = train_head(task)
-    with watch.measuring("evaluate"):
-        probabilities, held = (probabilities_of(head.logits(piece)) for piece in (pieces[2], pieces[1]))
+        chosen = train_head(task)
+        head, cross = chosen, None
+        if config.folds is not None and not chosen.history.interrupted:
+            head, cross = train_on_all(task, chosen, splits, features)
+    with measured(seconds, "evaluate"):
+        probabilities = probabilities_of(head.logits(pieces[2]))
+        held = probabilities_of(chosen.logits(pieces[1]))  # by the head that has not been trained on them
         numbers = {
             "test": metrics.evaluate(probabilities, splits.test.labels, names),
             "validation": metrics.evaluate(held, splits.validation.labels, names),
             "baselines": metrics.baselines(
                 splits.train.texts, splits.train.labels, splits.test.texts, splits.test.labels
             ),
-            "stages": [stage_record("head", head.history)],
+            "stages": [stage_record("head", chosen.history)],
         }
+        if cross is not None:
+            numbers["folds"] = cross
         text = metrics.report_text(probabilities, splits.test.labels, names)
     info = {
         "headstart": importlib.metadata.version("headstart"),
@@ -136,79 +115,62 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
         "placement": placement.reason,
         "encoder_fingerprint": encoder.fingerprint,
         "head": head.description(),
-        "history": [asdict(epoch) for epoch in head.history.epochs],
-        "interrupted": head.history.interrupted,
+        "history": [asdict(epoch) for epoch in chosen.history.epochs],
+        "interrupted": chosen.history.interrupted,
         "seed": config.seed,
         "versions": versions(),
     }
-    with new_folder(out) as folder:
+    with new_folder(out, replaces) as folder:
         save_model(folder, head.whole(names), encoder, max_length)
         report.write_predictions(
             folder / "predictions.csv", splits.test.texts, splits.test.labels, probabilities, names
         )
-        numbers["timing"] = info["timing"] = watch.timing()
-        numbers["features"] = {name: getattr(features, name) for name in ("texts", "encoded", "reused", "bytes")}
+        total = {**seconds, "total": time.time() - started}
+        numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
+        numbers["features"] = features.cost()
         report.write_json(folder / "metrics.json", numbers)
         report.write_json(folder / "headstart.json", info)
         (folder / "README.md").write_text(report.model_card(info, numbers, text), encoding="utf-8")
-    return Run(out, numbers, info, text, (*splits.notices, *features.warnings), head.history.interrupted)
+    return Run(out, numbers, info, text, (*splits.notices, *features.warnings), chosen.history.interrupted)
 
 
 def default_name(source: str) -> str:
     """A run's name from the name of its data: `reviews.csv.gz` gives `reviews`."""
-    name = Path(source).name
-    for ending in (".gz", *tables.FORMATS):
-        name = name.removesuffix(ending)
-    return name or "run"
+    return tables.ENDING.sub("", Path(source).name) or "run"
 
 
 def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
     """The three parts, with the names to show, and the labels as the table has them.
 
-    Raises:
-        DataError: with every problem found in any of the tables.
+    All problems of all tables are raised together.
     """
     problems: list[str] = []
     whole = data.load(config.data, config.text, config.label)
-    index = {label: i for i, label in enumerate(whole.names)}
+    shown = config.label_names or whole.names
     given: dict[str, Dataset | None] = {"validation": None, "test": None}
     for name in given:
         if source := getattr(config, name):
             try:
-                given[name] = data.load(source, config.text, config.label, index=index, least_rows=1)
+                table = data.load(source, config.text, config.label, known=[whole.names], least_rows=1)
+                given[name] = replace(table, names=shown)
             except DataError as error:
                 problems.extend(error.problems)
-    if config.label_names is not None:
-        if len(config.label_names) != len(whole.names):
-            problems.append(
-                f"--label-names gives {len(config.label_names)} names, and there are {len(whole.names)} labels: "
-                f"{', '.join(whole.names[:12])}."
-            )
-        elif len(set(config.label_names)) != len(config.label_names):
-            problems.append("--label-names gives the same name twice.")
+    if len(shown) != len(whole.names):
+        problems.append(
+            f"--label-names gives {len(shown)} names, and there are {len(whole.names)} labels: "
+            f"{', '.join(whole.names[:12])}."
+        )
+    elif len(set(shown)) != len(shown):
+        problems.append("--label-names gives the same name twice.")
     if problems:
         raise DataError(problems)
     duplicates: data.Duplicates = "as they fall" if config.recipe == "article" else "together"
-    splits = data.split(whole, given["validation"], given["test"], seed=config.seed, duplicates=duplicates)
-    shown = config.label_names or whole.names
-    notices = [notice for part in (whole, *given.values()) if part is not None for notice in part.notices]
-    return (
-        Splits(
-            replace(splits.train, names=shown),
-            replace(splits.validation, names=shown),
-            replace(splits.test, names=shown),
-            (*notices, *splits.notices),
-        ),
-        whole.names,
-    )
+    splits = data.split(replace(whole, names=shown), **given, seed=config.seed, duplicates=duplicates)
+    return splits, whole.names
 
 
 def choose_length(config: TrainConfig, advice: LengthAdvice, encoder: Encoder) -> tuple[int, str]:
-    """The max_length to use and why.
-
-    Raises:
-        InputError: the one asked for is over what the model takes.
-    """
+    """The max_length to use and why; an `InputError` if the one asked for is over what the model takes."""
     if config.max_length is None:
         return advice.advised, advice.reason
     if config.max_length > encoder.max_length:
@@ -219,6 +181,25 @@ def choose_length(config: TrainConfig, advice: LengthAdvice, encoder: Encoder) -
     cut = float((advice.lengths > config.max_length).mean())
     source = "the article's" if config.recipe == "article" else "as asked"
     return config.max_length, f"{source}; {cut:.1%} of the training texts are cut (advised: {advice.advised})"
+
+
+def train_on_all(
+    task: Task, chosen: TrainedHead, splits: Splits, features: Features
+) -> tuple[TrainedHead, dict[str, Any]]:
+    """Cross-validate a head like `chosen` on all but the test part, then train it there; with the folds' numbers.
+
+    Raises:
+        InputError: a class has too few rows for so many folds.
+    """
+    texts = splits.train.texts + splits.validation.texts
+    labels = np.concatenate([splits.train.labels, splits.validation.labels])
+    everything = replace(task, train=features.take(np.arange(len(texts))), train_labels=labels)
+    _, groups = np.unique([data.text_key(text) for text in texts], return_inverse=True)
+    logits, fold_of = in_folds(everything, chosen, groups)
+    right = logits.argmax(dim=1).numpy() == labels
+    accuracy = [float(right[fold_of == fold].mean()) for fold in np.unique(fold_of)]
+    spread = {"mean": float(np.mean(accuracy)), "std": float(np.std(accuracy, ddof=1))}
+    return refit(everything, chosen), {"k": len(accuracy), "accuracy": accuracy, **spread}
 
 
 def stage_record(name: str, history: History) -> dict[str, Any]:
@@ -233,18 +214,17 @@ def stage_record(name: str, history: History) -> dict[str, Any]:
 
 def data_fingerprint(splits: Splits) -> dict[str, str]:
     """A sha256 of each part's texts and labels, in order."""
-    prints = {}
-    for name in ("train", "validation", "test"):
-        part: Dataset = getattr(splits, name)
-        content = json.dumps([part.texts, part.labels.tolist()], ensure_ascii=False)
-        prints[name] = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-    return prints
+    parts: dict[str, Dataset] = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    contents = {
+        name: json.dumps([part.texts, part.labels.tolist()], ensure_ascii=False) for name, part in parts.items()
+    }
+    return {name: hashlib.sha256(one.encode("utf-8", "surrogatepass")).hexdigest() for name, one in contents.items()}
 
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
     names = ("torch", "transformers", "tokenizers", "polars", "scikit-learn", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -259,21 +239,19 @@ class Evaluation:
 def evaluate(predictor: Predictor, source: str, text: str | None = None, label: str | None = None) -> Evaluation:
     """Test a loaded classifier on a labelled table.
 
-    Labels may be given as the training table had them or as the run shows them.
+    Its labels are all as the training table had them, or all as the run shows them.
 
     Raises:
         DataError: the table cannot be used, or has labels that the run does not know.
     """
     info, names = predictor.classifier.info, predictor.names
-    index = {name: i for i, name in enumerate(names)}
-    index |= {raw: i for i, raw in enumerate(info.get("labels", [])) if raw not in index}
     trained_text, trained_label = info.get("columns", (None, None))
     columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
     table = data.load(
         source,
         text or (trained_text if trained_text in columns else None),
         label or (trained_label if trained_label in columns else None),
-        index=index,
+        known=(info.get("labels", names), names),
         least_rows=1,
     )
     scores = predictor.score(table.texts, progress="scoring")

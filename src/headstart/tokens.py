@@ -23,12 +23,7 @@ CHUNK = 2_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of n texts, ragged, without padding.
-
-    Attributes:
-        ids: (sum of lengths,) int32, special tokens included.
-        offsets: (n + 1,) int64; text i is `ids[offsets[i]:offsets[i + 1]]`.
-    """
+    """The token ids of n texts, special ones included, ragged: text i is `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
@@ -100,14 +95,7 @@ class Tokenizer:
             raise ModelError(f"{path}: is not a readable tokenizer ({error}).") from error
 
     def __call__(self, texts: Sequence[str], *, progress: str | None = None) -> Tokens:
-        """All tokens of each text, special ones included, however long.
-
-        Args:
-            texts: n texts.
-            progress: the label of a progress bar, for long lists.
-        """
-        if progress is None or len(texts) <= CHUNK:
-            return _ragged([np.array(one.ids, dtype=np.int32) for one in self.fast.encode_batch_fast(list(texts))])
+        """All tokens of each text, special ones included, however long; `progress` labels a bar."""
         pieces: list[NDArray[np.int32]] = []
         with bar(progress, len(texts), "texts") as advance:
             for start in range(0, len(texts), CHUNK):
@@ -131,13 +119,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one max_length would do to the texts.
-
-    Attributes:
-        max_length: tokens kept of a text.
-        cut: share of the texts that lose their end.
-        cost: encoder FLOPs relative to cutting nothing.
-    """
+    """What one max_length would do: the share of the texts it cuts, and encoder FLOPs relative to cutting nothing."""
 
     max_length: int
     cut: float
@@ -146,14 +128,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LengthAdvice:
-    """Token lengths of a table and the max_length they suggest.
+    """Token lengths of a table, (n,) and special tokens included, their quantiles, and the max_length they suggest.
 
-    Attributes:
-        lengths: (n,) tokens a text, special ones included.
-        quantiles: level -> tokens.
-        candidates: the lengths considered, shortest first.
-        advised: one of the candidates' max_length.
-        reason: why, in a sentence.
+    `candidates` are those considered, shortest first; `advised` is one of theirs and `reason` says why.
     """
 
     lengths: NDArray[np.int64]
@@ -205,12 +182,9 @@ def advise_length(lengths: NDArray[np.int64], *, limit: int, hidden: int = 768) 
 def like_length_batches(
     lengths: NDArray[np.int64], *, most_tokens: int, most_texts: int | None = None
 ) -> Iterator[NDArray[np.int64]]:
-    """Indexes of texts in batches of like length, the longest first, so that little padding is computed.
+    """Indexes of texts, of (n,) `lengths`, in batches of like length, the longest first: little padding is computed.
 
-    Args:
-        lengths: (n,) tokens a text.
-        most_tokens: no batch is larger than this when padded, unless one text is.
-        most_texts: no batch has more texts than this.
+    No batch has more than `most_tokens` when padded, unless one text has, or more than `most_texts`.
     """
     order = np.argsort(-lengths, kind="stable").astype(np.int64)
     start = 0

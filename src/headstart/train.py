@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from headstart.config import ClassWeight
 
 Validate = Callable[[nn.Module], tuple[float, float]]
 """Called after each epoch with the model in eval mode; returns the mean loss and the accuracy."""
+
+Keep = Literal["best", "last"]
+"""Whose weights a model is left with: those of the epoch with the lowest validation loss, or of the last one."""
 
 
 class Batches(Protocol):
@@ -33,13 +36,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class FeatureBatches:
-    """Batches of stored features, in memory.
+    """Batches of stored features, (n, d) `values` and (n,) `labels`; the last of an epoch may be smaller.
 
-    Attributes:
-        values: (n, d) fp32.
-        labels: (n,) int64.
-        batch_size: texts a batch; the last may be smaller.
-        seed: with the epoch's number, decides the order.
+    Values are fp32, or bf16: then a model's products are in bf16 too, and its weights stay fp32. The seed and the
+    epoch's number decide the order.
     """
 
     values: torch.Tensor
@@ -60,14 +60,9 @@ class FeatureBatches:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how hard to train.
+    """How long and how hard to train: most epochs, AdamW's settings, the largest gradient norm.
 
-    Attributes:
-        epochs: at most.
-        lr: AdamW's learning rate.
-        weight_decay: AdamW's.
-        clip_norm: largest gradient norm.
-        patience: stop after this many epochs without a lower validation loss; None: never.
+    Training stops after `patience` epochs without a lower validation loss (None: never).
     """
 
     epochs: int
@@ -75,6 +70,7 @@ class Schedule:
     weight_decay: float
     clip_norm: float = 1.0
     patience: int | None = None
+    keep: Keep = "best"
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ def fit(
     weights: torch.Tensor,
     on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
 ) -> History:
-    """Train `model` with AdamW on cross-entropy and leave it with the weights of its best epoch.
+    """Train `model` with AdamW on cross-entropy and leave it with the weights of its best epoch (or its last).
 
     Best is the lowest validation loss. Cross-entropy is LogSoftmax followed by the negative log likelihood, so a
     head that ends in LogSoftmax and one that gives logits train alike. The loss of a batch is the mean weighted
@@ -128,7 +124,7 @@ def fit(
 
     Args:
         model: gives (batch, classes) logits; its parameters that require gradients are trained.
-        batches: what to train on.
+        batches: see `Batches`.
         validate: see `Validate`.
         schedule: see `Schedule`.
         weights: (classes,) weights in the loss.
@@ -149,7 +145,8 @@ def fit(
             with torch.inference_mode():
                 validation_loss, accuracy = validate(model)
             record = Epoch(train_loss, validation_loss, accuracy, time.perf_counter() - started)
-            if better := not epochs or validation_loss < epochs[best].validation_loss:
+            better = not epochs or validation_loss < epochs[best].validation_loss or schedule.keep == "last"
+            if better:
                 best_state = copy.deepcopy(model.state_dict())
             epochs.append(record)
             best = number if better else best
@@ -177,7 +174,10 @@ def _one_epoch(
     losses = []
     parameters = optimizer.param_groups[0]["params"]
     for inputs, labels in batches:
-        loss = loss_of(model(inputs), labels)
+        half = isinstance(inputs, torch.Tensor) and inputs.dtype == torch.bfloat16
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=half):
+            logits = model(inputs)
+        loss = loss_of(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip_norm)

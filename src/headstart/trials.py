@@ -1,13 +1,15 @@
-"""Training heads on stored features: the architecture's own, one as given, or the best of a few dozen.
+"""Training heads on stored features: the architecture's own, one as given, or the best of many; and in folds.
 
 A trial on stored features costs a fraction of a second, so the default head is searched: first the sets of layers,
-then the other settings on the two best sets. The lowest validation loss wins, which is steadier than accuracy on
-small validation parts. This room knows heads and the loop; it knows nothing of files.
+then the other settings on the two best sets; `--trials N` lets optuna search instead. The lowest validation loss wins,
+which is steadier than accuracy on small validation parts. This room knows heads and the loop; it knows no files.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 
 from headstart.config import TrainConfig
 from headstart.encoder import Encoder
+from headstart.errors import InputError
 from headstart.features import Features
 from headstart.model import (
     HeadSpec,
@@ -40,8 +43,24 @@ REFINEMENTS: tuple[dict[str, float], ...] = (
     {"width": 0},
     {"weight_decay": 1.0},
 )
-PRUNE_AFTER, PRUNE_MARGIN = 3, 1.03
-"""A trial is stopped at this epoch if its validation loss is over the best trial's by then, times the margin."""
+PRUNE = {1: 1.15, 3: 1.03}
+"""A trial is stopped at these epochs if its validation loss is over the best trial's by then, times this."""
+
+SEARCH_ROWS = 4_096
+"""A search trains on at most so many texts; the head it finds is then trained on all."""
+
+
+class Inputs(NamedTuple):
+    """What a head reads of the training and validation texts, (n, d), and what was taken off and multiplied, (d,)."""
+
+    train: torch.Tensor
+    held: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def part(self, index: torch.Tensor | slice) -> "Inputs":
+        """Some of the d columns; a slice copies nothing."""
+        return Inputs(self.train[:, index], self.held[:, index], self.mean[index], self.scale[index])
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,33 @@ class Task:
     validation_labels: NDArray[np.int64]
     names: tuple[str, ...]
     config: TrainConfig
+
+    def raw(self, names: Sequence[str]) -> Inputs:
+        """What a head reads of `names`, as it is, fp32."""
+        train, held = (head_inputs(self.encoder, part, names) for part in (self.train, self.validation))
+        return Inputs(train, held, torch.zeros(train.shape[1]), torch.ones(train.shape[1]))
+
+    @functools.cached_property
+    def standard(self) -> Inputs:
+        """Everything stored, standardised once for all rivals.
+
+        Training inputs are rounded to bf16 where the encoder computes in it: the head's products are then several
+        times faster, and the features know no better.
+        """
+        train, held, _, _ = self.raw(self.train.layout)
+        mean, scale = train.mean(dim=0), 1 / train.std(dim=0).clamp_min(1e-6)
+        for part in (train, held):
+            part.sub_(mean).mul_(scale)
+        half = self.encoder.placement.precision == "bf16"
+        return Inputs(train.bfloat16() if half else train, held, mean, scale)
+
+    def inputs(self, names: tuple[str, ...]) -> Inputs:
+        """What a head reads of `names`, standardised."""
+        places = [self.train.layout.index(name) for name in names]
+        width = self.encoder.hidden
+        if places == list(range(places[0], places[-1] + 1)):
+            return self.standard.part(slice(places[0] * width, (places[-1] + 1) * width))
+        return self.standard.part((torch.tensor(places)[:, None] * width + torch.arange(width)).flatten())
 
     def schedule(self, lr: float = 1e-3, weight_decay: float = 0.01) -> Schedule:
         """The settings' schedule; what they leave open is filled in."""
@@ -108,52 +154,86 @@ class TrainedHead:
 
 
 def train_head(task: Task) -> TrainedHead:
-    """The head that the settings ask for, trained: native, as given by a recipe, or the best of a few dozen."""
+    """The head that the settings ask for, trained: native, as given by a recipe, or the best of many.
+
+    Raises:
+        InputError: `--trials` without optuna.
+    """
     config = task.config
-    if config.head != "native" and config.recipe != "article":
-        return pick_head(task)
-    with bar("training", config.epochs, "epochs") as advance:
+    with one_thread():
+        if config.head != "native" and config.recipe != "article":
+            return pick_head(task)
+        with bar("training", config.epochs, "epochs") as advance:
 
-        def show(number: int, epoch: Epoch) -> bool:
-            losses = f"loss {epoch.train_loss:.3f}, validation {epoch.validation_loss:.3f}"
-            advance(1, f"{losses} ({epoch.validation_accuracy:.3f})")
-            return False
+            def show(number: int, epoch: Epoch) -> bool:
+                losses = f"loss {epoch.train_loss:.3f}, validation {epoch.validation_loss:.3f}"
+                advance(1, f"{losses} ({epoch.validation_accuracy:.3f})")
+                return False
 
-        if config.head == "native":
-            head = NativeHead(native_model(task.encoder, task.names, config.seed))
-            return _fit(task, head, (native_feature(task.encoder),), None, task.schedule(), show)
-        spec = HeadSpec(
-            config.head_features or ("pooler",), config.head_width or 0, config.head_dropout, standardize=False
-        )
-        return _fit(task, _fresh(task, spec), spec.features, spec, task.schedule(), show)
+            if config.head == "native":
+                return _fit(task, (native_feature(task.encoder),), None, task.schedule(), show)
+            features = config.head_features or ("pooler",)
+            spec = HeadSpec(features, config.head_width or 0, config.head_dropout, standardize=False)
+            return _fit(task, features, spec, task.schedule(), show)
 
 
-def _fresh(task: Task, spec: HeadSpec) -> nn.Module:
-    inputs = head_inputs(task.encoder, task.train, spec.features)
-    return new_head(inputs, spec, len(task.names), task.config.seed)
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread for the block: a head's steps are so small that a second one mostly waits.
+
+    On two idle cores it gains nothing; beside another busy process it makes an epoch up to twenty times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fit(
     task: Task,
-    head: nn.Module,
     features: tuple[str, ...],
     spec: HeadSpec | None,
     schedule: Schedule,
-    on_epoch: Callable[[int, Epoch], bool],
+    on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
 ) -> TrainedHead:
-    inputs = head_inputs(task.encoder, task.train, features)
-    held = head_inputs(task.encoder, task.validation, features)
+    inputs = task.inputs(features) if spec is not None and spec.standardize else task.raw(features)
     weights = class_weights(task.train_labels, len(task.names), task.config.class_weight)
     truth = torch.from_numpy(task.validation_labels)
 
     def validate(model: nn.Module) -> tuple[float, float]:
-        logits = torch.cat([model(part) for part in held.split(8192)])
+        logits = torch.cat([model(part) for part in inputs.held.split(8192)])
         loss = nn.functional.cross_entropy(logits, truth, weight=weights)
         return float(loss), float((logits.argmax(dim=1) == truth).float().mean())
 
-    batches = FeatureBatches(inputs, torch.from_numpy(task.train_labels), task.config.batch_size, task.config.seed)
-    history = fit(head, batches, validate, schedule, weights, on_epoch)
+    batches = FeatureBatches(
+        inputs.train, torch.from_numpy(task.train_labels), task.config.batch_size, task.config.seed
+    )
+    if spec is None:
+        native = NativeHead(native_model(task.encoder, task.names, task.config.seed))
+        history = fit(native, batches, validate, schedule, weights, on_epoch)
+        return TrainedHead(task.encoder, native, features, spec, schedule, history)
+    head = new_head(inputs.train.shape[1], spec, len(task.names), task.config.seed)
+    history = fit(head.layers, batches, validate, schedule, weights, on_epoch)
+    head.mean.copy_(inputs.mean)
+    head.scale.copy_(inputs.scale)
     return TrainedHead(task.encoder, head, features, spec, schedule, history)
+
+
+# --- searching
+
+
+class Candidate(NamedTuple):
+    """A head to try: its features, its width, dropout, lr and weight_decay, and when to give it up."""
+
+    features: tuple[str, ...]
+    guess: dict[str, float]
+    hopeless: Callable[[int, Epoch], bool]
+
+
+Search = Generator[Candidate, TrainedHead, None]
+"""Yields candidates and is sent each one trained."""
 
 
 def layer_sets(layout: Sequence[str]) -> list[tuple[str, ...]]:
@@ -166,57 +246,146 @@ def layer_sets(layout: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def pick_head(task: Task) -> TrainedHead:
-    """Try a few dozen pooled heads and return the one with the lowest validation loss.
+    """Try many pooled heads and return the one with the lowest validation loss.
 
     What the person has set (learning rate, layers, width, …) is kept; the rest is searched. Ctrl-C keeps the best
     so far.
     """
     config = task.config
+    sample = task
+    if len(task.train) > SEARCH_ROWS:
+        some = np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:SEARCH_ROWS])
+        sample = replace(task, train=task.train.take(some), train_labels=task.train_labels[some])
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
-    fixed = {
-        name: value
-        for name, value in (("width", config.head_width), ("lr", config.lr), ("weight_decay", config.weight_decay))
-        if value is not None
-    }
-    guesses = [{**FIRST_GUESS, **change, **fixed} for change in ({}, *REFINEMENTS)]
-    first, *refinements = [guess for i, guess in enumerate(guesses) if guess not in guesses[:i]]
+    given = {"width": config.head_width, "lr": config.lr, "weight_decay": config.weight_decay}
+    fixed = {name: value for name, value in given.items() if value is not None}
+    search, most = ladder(sets, fixed) if config.trials is None else optuna_search(sets, fixed, config)
     tried: list[TrainedHead] = []
-
-    def attempt(features: tuple[str, ...], guess: dict[str, float]) -> TrainedHead:
-        lead = best_of(tried).history.epochs[:PRUNE_AFTER] if tried else ()
-        hopeless = PRUNE_MARGIN * min((epoch.validation_loss for epoch in lead), default=float("inf"))
-
-        def behind(number: int, epoch: Epoch) -> bool:
-            return number + 1 == PRUNE_AFTER and epoch.validation_loss > hopeless
-
-        spec = HeadSpec(features, int(guess["width"]), guess["dropout"])
-        schedule = task.schedule(guess["lr"], guess["weight_decay"])
-        return _fit(task, _fresh(task, spec), features, spec, schedule, behind)
-
-    def candidates() -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-        for features in sets:
-            yield features, first
-        for leader in sorted(tried, key=lambda one: one.validation_loss)[:2]:
-            for guess in refinements:
-                yield leader.features, guess
-
     interrupted = False
-    with bar("trying heads", len(sets) + min(2, len(sets)) * len(refinements), "heads") as advance:
+    with bar("trying heads", most, "heads") as advance:
         try:
-            for features, guess in candidates():
-                tried.append(attempt(features, guess))
+            candidate = next(search)
+            while True:
+                features, guess, hopeless = candidate
+                spec = HeadSpec(features, int(guess["width"]), guess["dropout"])
+                schedule = task.schedule(guess["lr"], guess["weight_decay"])
+                tried.append(_fit(sample, features, spec, schedule, hopeless))
                 advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
-                if tried[-1].history.interrupted:
+                if interrupted := tried[-1].history.interrupted:
                     break
+                candidate = search.send(tried[-1])
+        except StopIteration:
+            pass
         except KeyboardInterrupt:
             if not tried:
                 raise  # nothing to keep yet
             interrupted = True
     best = best_of(tried)
-    interrupted = interrupted or tried[-1].history.interrupted
+    if sample is not task and not interrupted:
+        best = _fit(task, best.features, best.spec, best.schedule)
+        interrupted = best.history.interrupted
     return replace(best, history=replace(best.history, interrupted=interrupted), tried=len(tried))
 
 
 def best_of(tried: Sequence[TrainedHead]) -> TrainedHead:
     """The head with the lowest validation loss, the earliest of equals."""
     return min(tried, key=lambda one: one.validation_loss)
+
+
+def ladder(sets: Sequence[tuple[str, ...]], fixed: dict[str, float]) -> tuple[Search, int]:
+    """Each set of layers with a first guess, then refinements on the two best sets; and how many that is."""
+    guesses = [{**FIRST_GUESS, **change, **fixed} for change in ({}, *REFINEMENTS)]
+    first, *refinements = [guess for i, guess in enumerate(guesses) if guess not in guesses[:i]]
+    tried: list[TrainedHead] = []
+
+    def hopeless(number: int, epoch: Epoch) -> bool:
+        if not tried or number + 1 not in PRUNE:
+            return False
+        lead = best_of(tried).history.epochs[: number + 1]
+        return epoch.validation_loss > PRUNE[number + 1] * min(one.validation_loss for one in lead)
+
+    def search() -> Search:
+        for features in sets:
+            tried.append((yield Candidate(features, first, hopeless)))
+        for leader in sorted(tried, key=lambda one: one.validation_loss)[:2]:
+            for guess in refinements:
+                tried.append((yield Candidate(leader.features, guess, hopeless)))
+
+    return search(), len(sets) + min(2, len(sets)) * len(refinements)
+
+
+def optuna_search(sets: Sequence[tuple[str, ...]], fixed: dict[str, float], config: TrainConfig) -> tuple[Search, int]:
+    """`config.trials` candidates by optuna's TPE, weak ones stopped by successive halving (Li et al. 2018).
+
+    Raises:
+        InputError: optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError("--trials needs optuna. Install it with: pip install 'headstart[tune]'") from error
+    assert config.trials is not None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=config.seed)
+    study = optuna.create_study(
+        sampler=sampler, pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    )
+    study.enqueue_trial({"layers": len(sets) - 1, **FIRST_GUESS})
+
+    def search() -> Search:
+        for _ in range(config.trials or 0):
+            trial = study.ask()
+            guess = {
+                "width": trial.suggest_categorical("width", (0, 64, 128, 256)),
+                "dropout": trial.suggest_float("dropout", 0.0, 0.7),
+                "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
+                "weight_decay": trial.suggest_float("weight_decay", 1e-4, 10.0, log=True),
+            }
+            features = sets[trial.suggest_int("layers", 0, len(sets) - 1)]
+
+            def hopeless(number: int, epoch: Epoch, trial: Any = trial) -> bool:
+                trial.report(epoch.validation_loss, number + 1)
+                return bool(trial.should_prune())
+
+            study.tell(trial, (yield Candidate(features, {**guess, **fixed}, hopeless)).validation_loss)
+
+    return search(), config.trials
+
+
+# --- folds
+
+
+def in_folds(task: Task, head: TrainedHead, groups: NDArray[np.int64]) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """(n, labels) logits of each training text from a head like `head` that has not seen it, and (n,) its fold.
+
+    The head's features, settings and number of epochs are repeated in each fold; the task's validation part is not
+    used. Texts of one of the (n,) `groups`, such as copies, share a fold.
+
+    Raises:
+        InputError: a class has too few rows for so many folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = task.config.folds or 5
+    if (least := int(np.bincount(task.train_labels).min())) < folds:
+        raise InputError(f"--folds {folds}: the rarest label has only {least} rows outside the test part.")
+    logits = torch.empty(len(task.train), len(task.names))
+    fold_of = np.empty(len(task.train), dtype=np.int64)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=task.config.seed)
+    pairs = splitter.split(np.empty((len(task.train), 1)), task.train_labels, groups)
+    with bar("folds", folds, "folds") as advance:
+        for number, (rest, held) in enumerate(pairs):
+            seen, unseen = task.train.take(rest), task.train.take(held)
+            labels = task.train_labels
+            fold = Task(task.encoder, seen, unseen, labels[rest], labels[held], task.names, task.config)
+            logits[torch.from_numpy(held)] = refit(fold, head).logits(fold.validation)
+            fold_of[held] = number
+            advance(1, "")
+    return logits, fold_of
+
+
+def refit(task: Task, head: TrainedHead) -> TrainedHead:
+    """A head like `head`, trained on all of the task's training texts for as many epochs as `head` was best after."""
+    schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None, keep="last")
+    with one_thread():
+        return replace(_fit(task, head.features, head.spec, schedule), tried=head.tried)
