@@ -232,8 +232,8 @@ def cache_clear() -> None:
 
 
 DEMO_TEXTS = (
-    "A warm, funny film that flew by.",
-    "Not the worst hotel I have stayed in, but I would not go back.",
+    "A lovely little hotel, and we will be back.",
+    "Great camera, but the battery dies by noon.",
     "The update deleted my notes and nobody at support has answered.",
 )
 

@@ -19,7 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 ROW_STEP = 256
-"""Products run on a multiple of this many rows: oneDNN takes milliseconds to compile a kernel for a new number."""
+"""Products run on multiples of this: oneDNN takes milliseconds to compile a kernel for a new number of rows."""
+
+SHORT = 128
+"""Up to so many tokens our own attention is faster than torch's, whose softmax is slow on short rows."""
 
 SAFE_SUMS = (1e-30, 1e30)
 """Sums of exponentials outside these bounds are computed again by torch's softmax, which subtracts the largest."""
@@ -65,11 +68,7 @@ def supports(config: Mapping[str, Any]) -> bool:
 
 
 def side_by_side(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-    """`function` of each item, in order, on as many threads as torch would use for one, with one torch thread each.
-
-    Small products leave a core waiting for the other; whole batches do not. Items are taken a few ahead, so that
-    memory stays flat.
-    """
+    """`function` of each item, in order: as many at once as torch has threads, each on one; few are taken ahead."""
     workers = torch.get_num_threads()
     if workers == 1:
         yield from map(function, items)
@@ -196,7 +195,7 @@ class Engine:
         q comes scaled. Padding is left out by zeros in v and in the row that sums the exponentials.
         """
         batch, length = tokens.shape
-        if self.fused:
+        if self.fused and length <= SHORT:
             q, k, v = parts.reshape(3, batch * self.heads, length, -1)
             weights = torch.bmm(q[:, :read], k.transpose(1, 2)).exp_()
             real = tokens.repeat_interleave(self.heads, dim=0).unsqueeze(2)
