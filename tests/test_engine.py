@@ -1,5 +1,6 @@
 """Our own frozen pass against transformers' forward in fp32, what it does not compute, and the twins it must match."""
 
+import copy
 import json
 import threading
 import time
@@ -17,7 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headstart import modeling_headstart
 from headstart.encoder import choose_placement, config_dict, encode, load_config, load_encoder
-from headstart.engine import FAMILIES, ROW_STEP, Engine, PooledHead, PooledScorer, pooled_output, side_by_side, supports
+from headstart.engine import (
+    FAMILIES,
+    ROW_STEP,
+    Engine,
+    NativeScorer,
+    PooledHead,
+    PooledScorer,
+    pooled_output,
+    side_by_side,
+    supports,
+)
 
 CPU = torch.device("cpu")
 EVERYTHING = ("cls", "mean-0", "mean-1", "mean-2", "mean-3")
@@ -128,6 +139,28 @@ def test_rows_added_for_the_products_change_nothing(bert: Tiny) -> None:
     torch.testing.assert_close(
         run(bert.engine(), EVERYTHING, ids, mask), by_transformers(bert.model, ids, mask), **CLOSE
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_native_classifier_scores_as_transformers_does(family: str, labels: int, tiny: Callable[[str], Tiny]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    one = tiny(family)
+    torch.manual_seed(0)
+    config = copy.deepcopy(one.model.config)
+    config.num_labels = labels
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids, mask = batch(one.config["pad_token_id"])
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        got = NativeScorer(model.config.to_dict(), model.state_dict(), CPU, torch.float32)(ids, mask)
+    assert got.shape == (len(LENGTHS), labels)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    weights = model.state_dict()
+    del weights[next(name for name in weights if name.startswith(("classifier", "pre_classifier")))]
+    with pytest.raises(KeyError):
+        NativeScorer(model.config.to_dict(), weights, CPU, torch.float32)
 
 
 # --- side by side

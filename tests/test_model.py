@@ -31,7 +31,6 @@ from headstart.errors import DiskError, ModelError, RunError
 from headstart.features import Features, frozen_features
 from headstart.model import (
     HeadSpec,
-    Stamp,
     check_out,
     head_inputs,
     native_feature,
@@ -253,9 +252,9 @@ def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["run"]
 
 
-def finish(out: Path, content: str, replaces: Stamp | None = None) -> None:
+def finish(out: Path, content: str, *, overwrite: bool = False) -> None:
     """A result at `out`, which `check_out` has found free or replaceable before."""
-    with new_folder(out, replaces) as folder:
+    with new_folder(out, overwrite=overwrite) as folder:
         (folder / "headstart.json").write_text(content)
 
 
@@ -266,7 +265,7 @@ def test_what_has_come_to_be_there_meanwhile_stays_and_the_result_is_kept_beside
     out = tmp_path / "run"
     for name in taken:
         finish(tmp_path / name, "taken")
-    assert check_out(out, overwrite=False) is None
+    check_out(out, overwrite=False)
     finish(out, "another's")
     kept = tmp_path / f"run-{2 + len(taken)}"
     message = rf"^{re.escape(str(out))}: .*has come to be there.*is kept in {re.escape(str(kept))}\b"
@@ -287,32 +286,27 @@ def test_a_file_that_has_come_to_be_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "run-2" / "config.json").is_file()
 
 
-def test_overwriting_replaces_only_the_run_that_was_there(tmp_path: Path) -> None:
+def test_overwriting_replaces_the_run_that_is_there(tmp_path: Path) -> None:
     out = tmp_path / "run"
     finish(out, "old")
-    first, second = (check_out(out, overwrite=True) for _ in range(2))
-    assert first == second != None  # noqa: E711
-    (out / "onnx").mkdir()  # it is still that run
-    finish(out, "first", first)
-    with pytest.raises(RunError, match=r"is kept in .*run-2"):
-        finish(out, "second", second)
-    assert {path.name: (path / "headstart.json").read_text() for path in tmp_path.iterdir()} == {
-        "run": "first",
-        "run-2": "second",
-    }
+    check_out(out, overwrite=True)
+    (out / "onnx").mkdir()
+    finish(out, "new", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in out.iterdir()] == ["headstart.json"]
+    assert (out / "headstart.json").read_text() == "new"
 
 
 def test_the_old_run_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     finish(out, "old")
-    replaces = check_out(out, overwrite=True)
 
     def refused(folder: Path, place: Path) -> Path:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(model, "_rename", refused)
     with pytest.raises(DiskError, match="disk is full"):
-        finish(out, "new", replaces)
+        finish(out, "new", overwrite=True)
     (left,) = tmp_path.rglob("headstart.json")
     assert left.read_text() == "old"
 
@@ -350,12 +344,11 @@ def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None
     out = tmp_path / "run"
     out.mkdir()
     (out / "headstart.json").write_text("old")
-    replaces = check_out(out, overwrite=True)
-    with pytest.raises(OSError, match="odd"), new_folder(out, replaces) as folder:  # noqa: PT012
+    with pytest.raises(OSError, match="odd"), new_folder(out, overwrite=True) as folder:  # noqa: PT012
         (folder / "new").write_text("new")
         raise OSError("odd")
     assert [path.name for path in out.iterdir()] == ["headstart.json"]
-    with new_folder(out, replaces) as folder:
+    with new_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -63,8 +63,8 @@ class TrainConfig:
     """Most epochs of the head stage."""
     patience: int | None = 4
     """Stop after this many epochs without a better validation loss; None: never."""
-    batch_size: int = 256
-    """Texts a training step."""
+    batch_size: int | None = None
+    """Texts a training step; None: an eighth of the texts trained on, from 32 to 512."""
     lr: float | None = None
     """AdamW's learning rate; None: picked on validation data."""
     weight_decay: float | None = None
@@ -100,13 +100,14 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed must be from 0 to 4294967295, and {self.seed} was given.")
-        for name, kind in (
-            ("recipe", Recipe),
-            ("head", HeadKind),
-            ("class_weight", ClassWeight),
-            ("device", Device),
-            ("precision", Precision),
-        ):
+        kinds = {
+            "recipe": Recipe,
+            "head": HeadKind,
+            "class_weight": ClassWeight,
+            "device": Device,
+            "precision": Precision,
+        }
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise InputError(f"--{name.replace('_', '-')} takes {known}, not {getattr(self, name)!r}.")

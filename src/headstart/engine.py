@@ -55,6 +55,15 @@ DISTILBERT_NAMES = {
 }
 
 
+NATIVE_HEADS = {
+    "bert": ("bert.pooler.dense", torch.tanh, "classifier"),
+    "roberta": ("classifier.dense", torch.tanh, "classifier.out_proj"),
+    "electra": ("classifier.dense", F.gelu, "classifier.out_proj"),
+    "distilbert": ("pre_classifier", torch.relu, "classifier"),
+}
+"""Each family's own classifier: a layer on the first token's state, its activation, and the layer to logits."""
+
+
 def supports(config: Mapping[str, Any]) -> bool:
     """Whether this room computes what the architecture in `config` (a model's config.json) computes."""
     activation = config.get("hidden_act", config.get("activation", "gelu"))
@@ -90,9 +99,7 @@ def side_by_side(function: Callable[[Given], Made], items: Iterable[Given]) -> I
 
 
 class Engine:
-    """A frozen encoder as a function of token ids, from a config.json and the base model's tensors.
-
-    It computes on `device` in `dtype`; weights are converted once.
+    """A frozen encoder as a function of token ids, from a config.json and the base model's tensors, converted once.
 
     Raises:
         KeyError: a tensor is missing.
@@ -222,11 +229,8 @@ class Engine:
 
 
 def pooled_output(weights: Mapping[str, torch.Tensor], cls: torch.Tensor) -> torch.Tensor:
-    """A model's pooled output, tanh(W·cls + b), from its last layer's first token: (batch, hidden) to the same.
-
-    ALBERT keeps the product without a `dense` in its name.
-    """
-    name = "pooler.dense" if "pooler.dense.weight" in weights else "pooler"
+    """A model's pooled output, tanh(W·cls + b), from its last layer's first token: (batch, hidden) to the same."""
+    name = "pooler.dense" if "pooler.dense.weight" in weights else "pooler"  # ALBERT's has no `dense`
     return torch.tanh(F.linear(cls, weights[name + ".weight"], weights[name + ".bias"]))
 
 
@@ -253,18 +257,12 @@ class PooledHead(nn.Module):
 
 
 class PooledScorer:
-    """A saved classifier with a pooled head, without transformers: token ids to logits.
-
-    Computes what `HeadstartForSequenceClassification` does; the tests hold one against the other. `config` and
-    `weights` are a run folder's; the encoder computes in `dtype`, the head in fp32.
-    """
+    """A saved `HeadstartForSequenceClassification`, without transformers: token ids to logits; its head is fp32."""
 
     def __init__(
         self, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        body = {
-            name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")
-        }
+        body = _below(weights, "encoder.")
         self.engine = Engine(config["encoder"], body, device, dtype)
         self.pooler = {name: tensor.to(device) for name, tensor in body.items() if name.startswith("pooler.")}
         head = _below(weights, "head.")
@@ -283,6 +281,29 @@ class PooledScorer:
             place = self.features.index("pooler")
             parts[place] = pooled_output(self.pooler, parts[place])
         return self.head(torch.cat(parts, dim=1))
+
+
+class NativeScorer:
+    """A saved `...ForSequenceClassification` of the families here, without transformers: token ids to logits.
+
+    Raises:
+        KeyError: a tensor is missing, or goes by another name.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        kind = config["model_type"]
+        dense, self.activation, out = NATIVE_HEADS[kind]
+        parts = [[weights[f"{name}.{part}"] for part in ("weight", "bias")] for name in (dense, out)]
+        self.dense, self.out = ([tensor.to(device, torch.float32) for tensor in pair] for pair in parts)
+        self.engine = Engine(config, _below(weights, f"{kind}."), device, dtype)
+        self.device = device
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, labels) fp32 logits."""
+        first = self.engine(ids, mask, ("cls",))[:, 0]
+        return F.linear(self.activation(F.linear(first, *self.dense)), *self.out)
 
 
 def _below(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ def baselines(
     tfidf = make_pipeline(
         # Single characters are words in some languages, so the default pattern of two or more will not do.
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
-        LogisticRegression(max_iter=1000, C=10.0),
+        LogisticRegression(C=10.0, solver="sag", max_iter=1000, random_state=0),
     )
     try:
         tfidf.fit(train_texts, train_labels)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
-from headstart.engine import PooledHead, PooledScorer, pooled_output, supports
+from headstart.engine import NativeScorer, PooledHead, PooledScorer, pooled_output, supports
 from headstart.errors import ModelError, RunError, disk_errors
 from headstart.features import Features, sync_folder
 from headstart.tokens import Tokenizer
@@ -206,31 +206,15 @@ class Classifier:
         return (found if isinstance(found, torch.Tensor) else found.logits).float().cpu()
 
 
-Stamp = tuple[int, int]
-"""Which run it is that lies in a folder: inode and time of its headstart.json."""
-
-
-def _stamp(folder: Path) -> Stamp | None:
-    try:
-        found = (folder / "headstart.json").stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def check_out(out: Path, *, overwrite: bool) -> Stamp | None:
-    """Refuse an output folder that cannot or must not be written, before any work is done.
-
-    Returns the run in it that `new_folder` may replace, if there is one and `overwrite` was asked for.
-    """
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that cannot or must not be written, before any work is done."""
     with disk_errors(out):
         if out.is_file():
             raise RunError(f"{out}: is a file; --out takes a folder.")
-        stamp = _stamp(out)
         if out.is_dir() and any(out.iterdir()):
             if not overwrite:
                 raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
-            if stamp is None:
+            if not (out / "headstart.json").is_file():
                 raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
         place = out.absolute().parent
         while not place.exists():  # its missing folders are made when there is something to put into them
@@ -238,15 +222,14 @@ def check_out(out: Path, *, overwrite: bool) -> Stamp | None:
         probe = _beside(place / out.name, "tmp")
         probe.mkdir()
         probe.rmdir()
-        return stamp
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, replaces: Stamp | None = None) -> Iterator[Path]:
+def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill beside `out`; at the end it is synced and renamed to `out`, or removed if anything failed.
 
-    Only the run that `check_out` saw makes way. If anything else has come to be at `out`, a `RunError` says which name
-    the folder has got instead.
+    Without `overwrite` nothing makes way: if something has come to be at `out`, a `RunError` says which name the folder
+    has got instead.
     """
     with disk_errors(out):
         place = out.resolve()  # a link stays one
@@ -255,11 +238,12 @@ def new_folder(out: Path, replaces: Stamp | None = None) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             _settle(temporary)
-            replaced = _set_aside(place, replaces) if replaces is not None else None
+            replaced = _beside(place, "old")
+            if overwrite and place.is_dir():
+                place.rename(replaced)
             kept = _rename(temporary, place)
             sync_folder(place.parent)
-            if replaced is not None:
-                shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if kept != place:
@@ -284,17 +268,6 @@ def _settle(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-
-
-def _set_aside(place: Path, run: Stamp) -> Path | None:
-    """Rename the folder at `place` if it holds that run; it is looked at where no other process can exchange it."""
-    aside = _beside(place, "old")
-    with contextlib.suppress(FileNotFoundError):
-        place.rename(aside)
-        if _stamp(aside) == run:
-            return aside
-        _rename(aside, place)
-    return None
 
 
 def _rename(folder: Path, place: Path) -> Path:
@@ -340,18 +313,27 @@ def load_run(run: str | Path, placement: Placement) -> Classifier:
     tokenizer_config = read_json(folder, "tokenizer_config.json")
     pooled = config.get("model_type") == "headstart"
     try:
-        if pooled and supports(config["encoder"]):
-            weights = load_file(folder / "model.safetensors")
-            model: Any = PooledScorer(config, weights, placement.device, placement.dtype)
-        else:
+        model: Any = _load_plain(folder, config, placement)
+        if model is None:
             model = _load_transformers(folder, placement, "encoder" if pooled else None)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
-    labels = config["id2label"] if pooled else model.config.id2label
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out
     names = tuple(labels[key] for key in sorted(labels, key=int))
     limit = info.get("max_length") or min(int(tokenizer_config.get("model_max_length", 512)), 512)
     pad_id = config.get("encoder", config).get("pad_token_id") or 0
     return Classifier(model, Tokenizer.from_folder(folder, pad_id), names, limit, info)
+
+
+def _load_plain(folder: Path, config: dict[str, Any], placement: Placement) -> PooledScorer | NativeScorer | None:
+    """The classifier in plain torch; None where the engine does not know it, or its weights go by other names."""
+    pooled = config.get("model_type") == "headstart"
+    if not supports(config["encoder"] if pooled else config):
+        return None
+    weights = load_file(folder / "model.safetensors")
+    with contextlib.suppress(KeyError, ValueError):
+        return (PooledScorer if pooled else NativeScorer)(config, weights, placement.device, placement.dtype)
+    return None
 
 
 def _load_transformers(folder: Path, placement: Placement, body: str | None) -> Any:

@@ -62,7 +62,7 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
     started = time.time() if started is None else started
     seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
     out = Path(config.out) if config.out is not None else Path("runs") / default_name(config.data)
-    replaces = check_out(out, overwrite=config.overwrite)
+    check_out(out, overwrite=config.overwrite)
     with measured(seconds, "read"):
         splits, raw_labels = read(config)
     placement = choose_placement(config.device, config.precision)
@@ -120,7 +120,7 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
         "seed": config.seed,
         "versions": versions(),
     }
-    with new_folder(out, replaces) as folder:
+    with new_folder(out, overwrite=config.overwrite) as folder:
         save_model(folder, head.whole(names), encoder, max_length)
         report.write_predictions(
             folder / "predictions.csv", splits.test.texts, splits.test.labels, probabilities, names

@@ -99,13 +99,9 @@ def class_weights(labels: NDArray[np.int64], classes: int, kind: ClassWeight) ->
     """
     if kind == "none":
         return torch.ones(classes)
-    from sklearn.utils.class_weight import compute_class_weight
-
-    present = np.unique(labels)
-    weights = torch.ones(classes)
-    balanced = compute_class_weight("balanced", classes=present, y=labels)
-    weights[torch.from_numpy(present)] = torch.tensor(balanced, dtype=torch.float32)
-    return weights
+    counts = np.bincount(labels, minlength=classes)
+    balanced = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.from_numpy(np.where(counts, balanced, 1.0)).float()
 
 
 def fit(

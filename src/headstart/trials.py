@@ -46,8 +46,8 @@ REFINEMENTS: tuple[dict[str, float], ...] = (
 PRUNE = {1: 1.15, 3: 1.03}
 """A trial is stopped at these epochs if its validation loss is over the best trial's by then, times this."""
 
-SEARCH_ROWS = 4_096
-"""A search trains on at most so many texts; the head it finds is then trained on all."""
+SEARCH_ROWS, TRIAL_ROWS = 20_000, 4_096
+"""The built-in search and optuna's train on at most so many texts; the head they find is then trained on all."""
 
 
 class Inputs(NamedTuple):
@@ -207,9 +207,8 @@ def _fit(
         loss = nn.functional.cross_entropy(logits, truth, weight=weights)
         return float(loss), float((logits.argmax(dim=1) == truth).float().mean())
 
-    batches = FeatureBatches(
-        inputs.train, torch.from_numpy(task.train_labels), task.config.batch_size, task.config.seed
-    )
+    size = task.config.batch_size or min(512, max(32, len(task.train) // 8))
+    batches = FeatureBatches(inputs.train, torch.from_numpy(task.train_labels), size, task.config.seed)
     if spec is None:
         native = NativeHead(native_model(task.encoder, task.names, task.config.seed))
         history = fit(native, batches, validate, schedule, weights, on_epoch)
@@ -253,16 +252,17 @@ def pick_head(task: Task) -> TrainedHead:
     """
     config = task.config
     sample = task
-    if len(task.train) > SEARCH_ROWS:
-        some = np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:SEARCH_ROWS])
+    most = SEARCH_ROWS if config.trials is None else TRIAL_ROWS
+    if len(task.train) > most:
+        some = np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:most])
         sample = replace(task, train=task.train.take(some), train_labels=task.train_labels[some])
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
     given = {"width": config.head_width, "lr": config.lr, "weight_decay": config.weight_decay}
     fixed = {name: value for name, value in given.items() if value is not None}
-    search, most = ladder(sets, fixed) if config.trials is None else optuna_search(sets, fixed, config)
+    search, count = ladder(sets, fixed) if config.trials is None else optuna_search(sets, fixed, config)
     tried: list[TrainedHead] = []
     interrupted = False
-    with bar("trying heads", most, "heads") as advance:
+    with bar("trying heads", count, "heads") as advance:
         try:
             candidate = next(search)
             while True:
