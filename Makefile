@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PEERS  := benchmarks/.venv
 
-.PHONY: demo test check fix docs clean
+.PHONY: demo test check fix docs bench bench-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headstart demo
@@ -16,14 +17,23 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check docs/cli.md
+	$(BIN)/python benchmarks/table.py --check
 
 fix: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python docs/generate_cli.py docs/cli.md
 
+# Against its peers, on ../shared/data: about half an hour on two idle cores. One group: make bench ONLY=encode
+bench: $(VENV)/.installed $(PEERS)/.installed
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(MAKE) bench-table)
+
+bench-table:
+	$(PYTHON) benchmarks/table.py
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,3 +45,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+# torch first and alone, so that nothing pulls another build of it in.
+$(PEERS)/.installed: benchmarks/peers/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $<
+	touch $@

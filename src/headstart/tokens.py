@@ -192,5 +192,8 @@ def like_length_batches(
         size = max(1, most_tokens // max(1, int(lengths[order[start]])))
         if most_texts is not None:
             size = min(size, most_texts)
+        left = len(order) - start
+        if left < size and len(order) > 256:  # of many texts: sizes that come again, as kernels are compiled for each
+            size = 1 << (left.bit_length() - 1)
         yield order[start : start + size]
         start += size

@@ -3,6 +3,7 @@
 This room knows torch's optimisers. It knows nothing of files, tables, or what the inputs mean.
 """
 
+import contextlib
 import copy
 import math
 import time
@@ -171,12 +172,12 @@ def _one_epoch(
     parameters = optimizer.param_groups[0]["params"]
     for inputs, labels in batches:
         half = isinstance(inputs, torch.Tensor) and inputs.dtype == torch.bfloat16
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(labels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
             logits = model(inputs)
         loss = loss_of(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
+        nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
         optimizer.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())

@@ -179,10 +179,7 @@ def train_head(task: Task) -> TrainedHead:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread for the block: a head's steps are so small that a second one mostly waits.
-
-    On two idle cores it gains nothing; beside another busy process it makes an epoch up to twenty times slower.
-    """
+    """One torch thread for the block: a head's steps are so small that a second one mostly waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
