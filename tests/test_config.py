@@ -53,7 +53,7 @@ def test_every_recipe_makes_a_valid_config_of_known_fields() -> None:
 def test_a_config_is_frozen_and_goes_through_json() -> None:
     config = settings("x.csv", label_names=("no", "yes"))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1  # type: ignore[misc]  # frozen
     back = json.loads(json.dumps(config.to_dict()))
     assert set(back) == {field.name for field in dataclasses.fields(TrainConfig)}
     assert back["label_names"] == ["no", "yes"]

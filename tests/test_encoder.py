@@ -295,7 +295,7 @@ def test_what_this_machine_cannot_do_is_refused() -> None:
     for device, has in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not has:
             with pytest.raises(ModelError, match=rf"--device {device}: this machine has none.*--device cpu"):
-                choose_placement(device, "auto")  # type: ignore[arg-type]
+                choose_placement(device, "auto")  # type: ignore[arg-type]  # a plain str
 
 
 # --- the embedded model

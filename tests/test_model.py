@@ -239,7 +239,7 @@ def test_an_architecture_without_a_head_of_its_own_says_so(tiny_models: Callable
 
 def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
-    with pytest.raises(RuntimeError, match="midway"), new_folder(out) as folder:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="midway"), new_folder(out) as folder:  # noqa: PT012  # the block fills the folder
         (folder / "config.json").write_text("{}")
         assert not out.exists()
         raise RuntimeError("midway")
@@ -279,7 +279,7 @@ def test_what_has_come_to_be_there_meanwhile_stays_and_the_result_is_kept_beside
 
 
 def test_a_file_that_has_come_to_be_there_stays(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="run-2"), new_folder(tmp_path / "run") as folder:  # noqa: PT012
+    with pytest.raises(RunError, match="run-2"), new_folder(tmp_path / "run") as folder:  # noqa: PT012  # the block fills the folder
         (folder / "config.json").write_text("{}")
         (tmp_path / "run").write_text("a note")
     assert (tmp_path / "run").read_text() == "a note"
@@ -344,7 +344,7 @@ def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None
     out = tmp_path / "run"
     out.mkdir()
     (out / "headstart.json").write_text("old")
-    with pytest.raises(OSError, match="odd"), new_folder(out, overwrite=True) as folder:  # noqa: PT012
+    with pytest.raises(OSError, match="odd"), new_folder(out, overwrite=True) as folder:  # noqa: PT012  # the block fills the folder
         (folder / "new").write_text("new")
         raise OSError("odd")
     assert [path.name for path in out.iterdir()] == ["headstart.json"]
