@@ -4,7 +4,6 @@ This room knows texts, labels, rows and parts. It knows nothing of file formats,
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -44,8 +43,7 @@ class Dataset:
 
     def take(self, index: Indexes) -> "Dataset":
         """The rows at `index`, in that order."""
-        texts = [self.texts[i] for i in index]
-        return replace(self, texts=texts, labels=self.labels[index], rows=self.rows[index])
+        return replace(self, texts=[self.texts[i] for i in index], labels=self.labels[index], rows=self.rows[index])
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,6 @@ class Splits:
     validation: Dataset
     test: Dataset
     notices: tuple[str, ...] = ()
-
-
-# --- labels and rows
 
 
 def label_texts(column: pl.Series, known: Sequence[str] = ()) -> list[str]:
@@ -81,9 +76,8 @@ def label_texts(column: pl.Series, known: Sequence[str] = ()) -> list[str]:
 
 def label_order(labels: set[str]) -> tuple[str, ...]:
     """All labels in the one order used everywhere: numbers numerically, strings lexically."""
-    if all(re.fullmatch(r"-?\d{1,4000}", label) for label in labels):  # Python reads no longer numbers
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    return tuple(sorted(labels))
+    numeric = all(re.fullmatch(r"-?\d{1,4000}", label) for label in labels)  # Python reads no longer numbers
+    return tuple(sorted(labels, key=lambda label: (int(label) if numeric else 0, label)))
 
 
 def shown(text: str, most: int = 40) -> str:
@@ -107,10 +101,8 @@ def load(
     """Read and check a table of labelled texts: a path, an hf:// address, or `sample`; columns not named are found.
 
     `known` are the labels that there may be, in label order, when another table has decided them; or several ways to
-    name them, of which the whole table uses one. The first that fits is taken, the last names them.
-
-    Raises:
-        DataError: with every problem found in the table; fewer than `least_rows` usable rows are one.
+    name them, of which the whole table uses one. The first that fits is taken, the last names them. A `DataError` has
+    every problem found in the table; fewer than `least_rows` usable rows are one.
     """
     path = resolve_path(source)
     table, columns = read_columns(path, text=text, label=label)
@@ -170,9 +162,9 @@ def load_texts(source: str, text: str | None = None) -> list[str]:
 
 
 def _duplicates(source: str, texts: list[str], labels: list[str]) -> Iterator[str]:
-    found: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = {}
     for text, label in zip(texts, labels, strict=True):
-        found[text_key(text)].add(label)
+        found.setdefault(text_key(text), set()).add(label)
     if repeats := len(texts) - len(found):
         yield f"{source}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text."
     if conflicts := [key for key, different in found.items() if len(different) > 1]:
@@ -182,31 +174,26 @@ def _duplicates(source: str, texts: list[str], labels: list[str]) -> Iterator[st
         )
 
 
-# --- splits
-
-
 def split(
     dataset: Dataset, validation: Dataset | None, test: Dataset | None, *, seed: int, duplicates: Duplicates
 ) -> Splits:
     """Train, validation and test parts: 70:15:15 as the article does it, or the tables given.
 
-    Without tables, scikit-learn's `train_test_split` is called twice, stratified: 30% off with
-    `random_state=seed`, and that halved with the same seed. With one table given, 15 of the remaining 85 parts
-    become the other. `duplicates="together"` moves all copies of a text to one part afterwards, to training if one is
-    there.
-
-    Raises:
-        DataError: a class has too few rows to be in each part.
+    Without tables, scikit-learn's `train_test_split` is called twice, stratified: 30% off with `random_state=seed`, and
+    that halved with the same seed. With one table given, 15 of the remaining 85 parts become the other.
+    `duplicates="together"` moves all copies of a text to one part afterwards, to training if one is there. A class with
+    too few rows to be in each part is a `DataError`.
     """
+    given = {name: table for name, table in (("validation", validation), ("test", test)) if table is not None}
     rest = np.arange(len(dataset))
     parts = {"train": rest}
-    if validation is None and test is None:
+    if not given:
         parts["train"], rest = _cut(dataset, rest, 0.3, seed)
         parts["validation"], parts["test"] = _cut(dataset, rest, 0.5, seed)
-    elif validation is None or test is None:
-        missing = "validation" if validation is None else "test"
+    elif len(given) == 1:
+        missing = "test" if "validation" in given else "validation"
         parts["train"], parts[missing] = _cut(dataset, rest, round(len(rest) * 15 / 85), seed)
-    notices = [notice for table in (dataset, validation, test) if table is not None for notice in table.notices]
+    notices = [notice for table in (dataset, *given.values()) for notice in table.notices]
     if duplicates == "together" and (moved := _gather_duplicates(dataset, parts)):
         notices.append(f"{count_of(moved, 'row')} moved so that copies of a text share one part.")
         for name, part in parts.items():
@@ -215,17 +202,15 @@ def split(
             if lost := _absent(dataset, part):
                 names = ", ".join(shown(dataset.names[i]) for i in lost[:6])
                 notices.append(f"After that, no row in the {name} part has the label {names}.")
-    tables = {name: dataset.take(part) for name, part in parts.items()}
+    tables = {name: dataset.take(part) for name, part in parts.items()} | given
     known = {text_key(text) for text in tables["train"].texts}
-    for name, table in (("validation", validation), ("test", test)):
-        if table is not None:
-            tables[name] = table
-            if leaked := sum(text_key(text) in known for text in table.texts):
-                notices.append(
-                    f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''} "
-                    f"in the training table: the {name} score may flatter."
-                )
-    return Splits(tables["train"], tables["validation"], tables["test"], tuple(notices))
+    for name, table in given.items():
+        if leaked := sum(text_key(text) in known for text in table.texts):
+            notices.append(
+                f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''} "
+                f"in the training table: the {name} score may flatter."
+            )
+    return Splits(**tables, notices=tuple(notices))
 
 
 def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Indexes, Indexes]:
@@ -233,27 +218,23 @@ def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Inde
 
     try:
         kept, off = train_test_split(rows, random_state=seed, test_size=share, stratify=dataset.labels[rows])
+        if _absent(dataset, kept) or _absent(dataset, off):
+            raise ValueError("a label is not on both sides")
     except ValueError as error:
-        raise _too_few(dataset) from error
-    if _absent(dataset, kept) or _absent(dataset, off):
-        raise _too_few(dataset)
+        counts = np.bincount(dataset.labels, minlength=len(dataset.names))
+        rarest = [i for i in np.argsort(counts, kind="stable").tolist() if counts[i] < 7] or [int(counts.argmin())]
+        named = ", ".join(f"{shown(dataset.names[i])} has {count_of(counts[i], 'row')}" for i in rarest[:6])
+        more = f" (and {len(rarest) - 6:,} more labels are as rare)" if len(rarest) > 6 else ""
+        raise DataError(
+            f"{dataset.source}: too few rows to put each label in training, validation and test: the label {named}"
+            f"{more}. Merge it with another label, add rows, or give files with --validation and --test."
+        ) from error
     return kept, off
 
 
 def _absent(dataset: Dataset, part: Indexes) -> list[int]:
     """The labels that no row of a part has."""
     return np.setdiff1d(np.arange(len(dataset.names)), dataset.labels[part]).tolist()
-
-
-def _too_few(dataset: Dataset) -> DataError:
-    counts = np.bincount(dataset.labels, minlength=len(dataset.names))
-    rarest = [i for i in np.argsort(counts, kind="stable").tolist() if counts[i] < 7] or [int(counts.argmin())]
-    named = ", ".join(f"{shown(dataset.names[i])} has {count_of(counts[i], 'row')}" for i in rarest[:6])
-    more = f" (and {len(rarest) - 6:,} more labels are as rare)" if len(rarest) > 6 else ""
-    return DataError(
-        f"{dataset.source}: too few rows to put each label in training, validation and test: the label {named}{more}. "
-        f"Merge it with another label, add rows, or give files with --validation and --test."
-    )
 
 
 def _gather_duplicates(dataset: Dataset, parts: dict[str, Indexes]) -> int:

@@ -1,7 +1,6 @@
 """The exceptions headstart raises on purpose.
 
-Every message is a whole sentence that says what is wrong and what to do about it. This room knows nothing of
-the others; the command line turns each class into an exit code.
+Every message is a whole sentence: what is wrong and what to do about it. This room knows nothing of the others.
 """
 
 import errno
@@ -10,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+# Control characters, which a hostile text could use to drive a terminal, are shown as a replacement sign.
 CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code != 9}
-"""Control characters, which a hostile text could use to drive a terminal, are shown as a replacement sign."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when there is no room."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says when there is no room
 
 
 def printable(text: str) -> str:
@@ -87,9 +84,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 def disk_errno(error: Exception) -> int | None:
     """The system's number behind a refusal of the disk, also where a library written in Rust words it; else None."""
-    if isinstance(error, HeadstartError):
-        return None
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
+    found = None if isinstance(error, HeadstartError) else re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None

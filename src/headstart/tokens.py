@@ -3,6 +3,7 @@
 This room knows the `tokenizers` library and arrays of ids; it knows no torch and no model.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,9 @@ from headstart.errors import ModelError
 from headstart.progress import bar
 
 CANDIDATE_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-MOST_CUT = 0.005
-"""The advised length cuts at most this share of the texts."""
-
-CHUNK = 2_000
+MOST_CUT = 0.005  # the advised length cuts at most this share of the texts
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+CHUNK = 2_000  # texts tokenized at once
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,14 @@ class Tokens:
 
 
 def _ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
-    offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
-    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
-    ids = np.concatenate(pieces) if pieces else np.empty(0)
-    return Tokens(ids.astype(np.int32, copy=False), offsets)
+    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    return Tokens(np.concatenate([np.empty(0, dtype=np.int32), *pieces]), offsets)
 
 
 class Tokenizer:
-    """A model's fast tokenizer, with truncation kept apart so that full lengths are known first.
+    """A model's fast tokenizer, as in `tokenizer.json`; `pad_id` fills short texts.
 
-    Args:
-        fast: the tokenizer, as in `tokenizer.json`.
-        pad_id: the id that fills short texts.
+    Truncation is kept apart, so that full lengths are known first.
     """
 
     def __init__(self, fast: FastTokenizer, pad_id: int) -> None:
@@ -73,19 +69,13 @@ class Tokenizer:
         self.fast = fast
         self.pad_id = pad_id
         probe = fast.encode("a")
-        special = np.array(probe.special_tokens_mask, dtype=bool)
-        content = np.flatnonzero(~special)
-        first, last = (int(content[0]), int(content[-1]) + 1) if len(content) else (1, len(special) - 1)
-        self.prefix = np.array(probe.ids[:first], dtype=np.int32)
-        self.suffix = np.array(probe.ids[last:], dtype=np.int32)
+        content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+        end = content[-1] + 1 if content else len(probe.ids) - 1
+        self.suffix = np.array(probe.ids[end:], dtype=np.int32)
 
     @classmethod
     def from_folder(cls, folder: Path, pad_id: int) -> "Tokenizer":
-        """The tokenizer of a saved model.
-
-        Raises:
-            ModelError: the folder has no readable tokenizer.json.
-        """
+        """The tokenizer of a saved model; a `ModelError` if the folder has no readable tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ModelError(f"{folder}: has no tokenizer.json.")
@@ -109,12 +99,8 @@ class Tokenizer:
         if not (tokens.lengths > max_length).any():
             return tokens
         keep = max_length - len(self.suffix)
-        return _ragged(
-            [
-                np.concatenate([tokens[i][:keep], self.suffix]) if length > max_length else tokens[i]
-                for i, length in enumerate(tokens.lengths.tolist())
-            ]
-        )
+        pieces = (tokens[i] for i in range(len(tokens)))
+        return _ragged([np.append(ids[:keep], self.suffix) if len(ids) > max_length else ids for ids in pieces])
 
 
 @dataclass(frozen=True)
@@ -150,21 +136,16 @@ def encoder_cost(lengths: NDArray[np.int64], hidden: int) -> float:
 
 
 def advise_length(lengths: NDArray[np.int64], *, limit: int, hidden: int = 768) -> LengthAdvice:
-    """The shortest usual length that cuts at most 0.5% of the texts, or the model's limit.
+    """The shortest usual length that cuts at most 0.5% of the texts, or `limit`, the most tokens the model takes.
 
-    Args:
-        lengths: (n,) tokens a text.
-        limit: the most tokens the model takes.
-        hidden: the encoder's width, for the relative cost.
+    `lengths` are (n,) tokens a text; `hidden` is the encoder's width, for the relative cost.
     """
     longest = int(lengths.max())
-    usual = [length for length in CANDIDATE_LENGTHS if length < limit]
-    shown = [length for length in usual if length < longest]
-    shown += [next((length for length in usual if length >= longest), limit)]
+    usual = [*(length for length in CANDIDATE_LENGTHS if length < limit), limit]
     whole = encoder_cost(lengths, hidden)
     candidates = tuple(
         Candidate(length, float((lengths > length).mean()), encoder_cost(np.minimum(lengths, length), hidden) / whole)
-        for length in shown
+        for length in usual[: bisect_left(usual, longest) + 1]  # up to the first that cuts nothing
     )
     best = next((one for one in candidates if one.cut <= MOST_CUT), candidates[-1])
     if best.cut > MOST_CUT:
@@ -173,9 +154,7 @@ def advise_length(lengths: NDArray[np.int64], *, limit: int, hidden: int = 768) 
         reason = f"the shortest usual length that cuts at most {MOST_CUT:.1%} of the texts ({best.cut:.2%} are cut)"
     else:
         reason = f"no text is cut, the longest has {longest:,} tokens"
-    levels = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-    found = np.quantile(lengths, levels, method="higher")
-    quantiles = {level: int(value) for level, value in zip(levels, found, strict=True)}
+    quantiles = {level: int(np.quantile(lengths, level, method="higher")) for level in QUANTILES}
     return LengthAdvice(lengths, quantiles, candidates, best.max_length, reason)
 
 
@@ -186,14 +165,11 @@ def like_length_batches(
 
     No batch has more than `most_tokens` when padded, unless one text has, or more than `most_texts`.
     """
-    order = np.argsort(-lengths, kind="stable").astype(np.int64)
-    start = 0
-    while start < len(order):
-        size = max(1, most_tokens // max(1, int(lengths[order[start]])))
-        if most_texts is not None:
-            size = min(size, most_texts)
-        left = len(order) - start
-        if left < size and len(order) > 256:  # of many texts: sizes that come again, as kernels are compiled for each
-            size = 1 << (left.bit_length() - 1)
-        yield order[start : start + size]
-        start += size
+    left = np.argsort(-lengths, kind="stable").astype(np.int64)
+    while len(left):
+        size = max(1, most_tokens // max(1, int(lengths[left[0]])))
+        size = min(size, most_texts or size)
+        if len(left) < size and len(lengths) > 256:  # sizes that come again, as kernels are compiled for each
+            size = 1 << (len(left).bit_length() - 1)
+        yield left[:size]
+        left = left[size:]
