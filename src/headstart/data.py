@@ -17,6 +17,7 @@ from headstart.errors import DataError, count_of
 from headstart.tables import is_delimited, name_rows, read_columns, resolve_path
 
 Indexes = NDArray[np.int64]
+Namings = Sequence[Sequence[str]]  # ways to name the same labels, each in label order
 Duplicates = Literal["together", "as they fall"]
 WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 
@@ -26,8 +27,7 @@ class Dataset:
     """n labelled texts in file order, none blank.
 
     `labels` are (n,) indexes into `names`, the labels in label order; `rows` are (n,) row numbers as a spreadsheet
-    counts them. `notices` say what was found and mended while reading, one sentence each; `columns` are where texts
-    and labels came from.
+    counts them. `notices` say what was found and mended, one sentence each; `columns` held texts and labels.
     """
 
     texts: list[str]
@@ -91,12 +91,7 @@ def text_key(text: str) -> str:
 
 
 def load(
-    source: str,
-    text: str | None = None,
-    label: str | None = None,
-    *,
-    known: Sequence[Sequence[str]] = (),
-    least_rows: int = MIN_ROWS,
+    source: str, text: str | None = None, label: str | None = None, *, known: Namings = (), least_rows: int = MIN_ROWS
 ) -> Dataset:
     """Read and check a table of labelled texts: a path, an hf:// address, or `sample`; columns not named are found.
 
@@ -136,9 +131,8 @@ def load(
     best = min(range(len(known)), key=lambda i: len(strange[i]))
     for one in sorted(strange[best]):
         where = name_rows([row for row, label in zip(rows.tolist(), readings[best], strict=True) if label == one])
-        problems.append(
-            f"{path}: the label {shown(one)} ({where}) is not one of those trained on: {', '.join(known[best])}."
-        )
+        trained_on = ", ".join(known[best])
+        problems.append(f"{path}: the label {shown(one)} ({where}) is not one of those trained on: {trained_on}.")
     if problems:
         raise DataError(problems)
     fitting = [[places[i][label] for label in readings[i]] for i in range(len(known)) if not strange[i]]
@@ -168,10 +162,8 @@ def _duplicates(source: str, texts: list[str], labels: list[str]) -> Iterator[st
     if repeats := len(texts) - len(found):
         yield f"{source}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text."
     if conflicts := [key for key, different in found.items() if len(different) > 1]:
-        yield (
-            f"{source}: {len(conflicts):,} text{'s stand' if len(conflicts) != 1 else ' stands'} there with "
-            f"different labels (for example {shown(conflicts[0], 60)})."
-        )
+        stand = f"{len(conflicts):,} text{'s stand' if len(conflicts) != 1 else ' stands'} there with different labels"
+        yield f"{source}: {stand} (for example {shown(conflicts[0], 60)})."
 
 
 def split(

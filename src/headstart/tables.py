@@ -10,10 +10,11 @@ import glob
 import gzip
 import importlib.resources
 import io
+import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +29,8 @@ USUAL_NAMES = {name for names in USUAL_COLUMNS.values() for name in names}
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 ENDING = re.compile(rf"({'|'.join(map(re.escape, FORMATS))})(\.gz)?\Z", re.IGNORECASE)
 MOST_ROWS_NAMED = 8
+REMOTE = "hf://"  # polars has to fetch such a table, so that nobody else can look into it
+csv.field_size_limit(2**31 - 1)  # texts may be longer than the 128 kB that Python stops at
 
 
 def resolve_path(source: str) -> str:
@@ -36,11 +39,7 @@ def resolve_path(source: str) -> str:
 
 
 def file_format(source: str) -> str:
-    """The table format by the name's ending, without `.gz`.
-
-    Raises:
-        DataError: another ending.
-    """
+    """The table format by the name's ending, without `.gz`; a `DataError` on another ending."""
     if found := ENDING.search(source):
         return found[1].lower()
     raise DataError(f"{source}: headstart reads {', '.join(FORMATS)} (also with .gz). Rename or convert the file.")
@@ -51,11 +50,6 @@ def is_delimited(source: str) -> bool:
     return file_format(source) in (".csv", ".tsv")
 
 
-def is_remote(source: str) -> bool:
-    """Whether polars has to fetch the table, so that nobody else can look into it."""
-    return source.startswith("hf://")
-
-
 def name_rows(rows: Sequence[int]) -> str:
     """`row 3`, `rows 3 and 7`, or `rows 3, 7, … (41 in all)`."""
     if len(rows) == 1:
@@ -64,19 +58,15 @@ def name_rows(rows: Sequence[int]) -> str:
     return f"rows {first} and {rows[-1]}" if len(rows) <= MOST_ROWS_NAMED else f"rows {first}, … ({len(rows):,} in all)"
 
 
-# --- opening
-
-
 def scan(source: str) -> pl.LazyFrame:
     """A table as a lazy frame with clean headers, for streaming; delimited files give strings only.
 
-    Raises:
-        DataError: the file is not a readable table.
+    A `DataError` if it is not a readable table.
     """
-    remote = is_remote(source)
-    ending = file_format(source) if remote else check_readable(source)
+    remote = source.startswith(REMOTE)
     names: list[str] = []
     with parsing(source):
+        ending = file_format(source) if remote else _checked_format(source)
         if is_delimited(source):
             delimiter, names = read_header(source) if not remote else ("\t" if ending == ".tsv" else ",", [])
             # Brackets and stars in a path are its name, not a pattern.
@@ -87,10 +77,9 @@ def scan(source: str) -> pl.LazyFrame:
             frame = pl.scan_ndjson(content, infer_schema_length=None)
         elif ending == ".json":
             frame = pl.read_json(_read(source), infer_schema_length=None).lazy()
-        elif source.lower().endswith(".gz"):
-            frame = pl.read_parquet(_read(source)).lazy()
         else:
-            frame = pl.scan_parquet(source, glob=False)
+            packed = source.lower().endswith(".gz")
+            frame = pl.scan_parquet(_read(source) if packed else source, glob=False)
         columns = frame.collect_schema().names()
     clean = [_clean(column) for column in columns]
     names = names or clean  # polars renames a column that a header repeats
@@ -107,57 +96,47 @@ def parsing(source: str) -> Iterator[None]:
     except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)[:160]
         why = "no permission" if isinstance(error, PermissionError) else why
-        problems: list[str] = []
-        if is_remote(source):
-            problems = [f"{source}: cannot be fetched ({why}). Download it and give the file."]
+        if source.startswith(REMOTE):
+            problem = f"cannot be fetched ({why}). Download it and give the file."
         elif isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
-            problems = [f"{source}: is not a whole gzip file; pack it again."]
+            problem = "is not a whole gzip file; pack it again."
         elif isinstance(error, OSError):
-            problems = [f"{source}: cannot be read ({why})."]
-        elif is_delimited(source):
-            problems = ragged_rows(source, lone_quotes=True)
-        elif "json" in file_format(source):
-            problems = _broken_json(source)
-        raise DataError(
-            problems or f"{source}: is not a whole {file_format(source)} table ({why}). Export it again."
-        ) from error
+            problem = f"cannot be read ({why})."
+        elif broken := ragged_rows(source, lone_quotes=True) if is_delimited(source) else _broken_json(source):
+            raise DataError(broken) from error
+        else:
+            problem = f"is not a whole {file_format(source)} table ({why}). Export it again."
+        raise DataError(f"{source}: {problem}") from error
 
 
-def check_readable(source: str) -> str:
+def _checked_format(source: str) -> str:
     """The format of a file, once what is none has been refused: a folder, empty, binary, or no UTF-8 (says where)."""
     path = Path(source)
-    with parsing(source):
-        if not path.exists():
-            beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = get_close_matches(path.name, beside, n=1)
-            raise DataError(f"{source}: no such file. " + (f"Did you mean {near[0]}?" if near else "Check the path."))
-        if path.is_dir():
-            tables = sorted(entry.name for entry in path.iterdir() if ENDING.search(entry.name))
-            hint = f" It holds {', '.join(tables[:3])}." if tables else ""
-            raise DataError(f"{source}: is a folder; give a file in it.{hint}")
-        ending = file_format(source)
-        head = _read(source, 4096)
-        if not head.strip():
-            raise DataError(f"{source}: the file is empty.")
-        if ending != ".parquet":
-            _check_text(source, head)
-    return ending
-
-
-def _check_text(source: str, head: bytes) -> None:
+    if not path.exists():
+        near = get_close_matches(path.name, [entry.name for entry in path.parent.glob("*")], n=1)
+        raise DataError(f"{source}: no such file. " + (f"Did you mean {near[0]}?" if near else "Check the path."))
+    if path.is_dir():
+        tables = sorted(entry.name for entry in path.iterdir() if ENDING.search(entry.name))
+        hint = f" It holds {', '.join(tables[:3])}." if tables else ""
+        raise DataError(f"{source}: is a folder; give a file in it.{hint}")
+    ending = file_format(source)
+    head = _read(source, 4096)
+    if not head.strip():
+        raise DataError(f"{source}: the file is empty.")
+    if ending == ".parquet":
+        return ending
     # In UTF-16 of Western text every other byte is NUL, also where there is no byte-order mark.
     nul = max(head[0::2].count(0), head[1::2].count(0))
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (len(head) > 7 and nul > 0.4 * len(head)):
         raise DataError(f"{source}: is UTF-16, not UTF-8. Save it as UTF-8 (in Excel: «CSV UTF-8»).")
     if b"\0" in head:
         raise DataError(f"{source}: is a binary file, not a table of text.")
-    position = 0
     with _open_bytes(source) as file:
         for row, line in enumerate(file, start=1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                byte, name = position + error.start, Path(source).name
+                byte, name = file.tell() - len(line) + error.start, path.name
                 problem = (
                     f"byte {byte} (0x{line[error.start]:02x}, in row {row}) is not UTF-8; the file is probably latin-1 "
                     f"(Windows-1252). Save it as UTF-8, for example with: iconv -f latin1 -t utf-8 {name} > utf8-{name}"
@@ -167,7 +146,7 @@ def _check_text(source: str, head: bytes) -> None:
                 raise DataError(f"{source}: {problem}") from error
             if b"\0" in line:
                 raise DataError(f"{source}: has a NUL byte near row {row}: a binary file, or a damaged one.")
-            position += len(line)
+    return ending
 
 
 def _open_bytes(source: str) -> BinaryIO:
@@ -204,32 +183,23 @@ def _clean(name: str) -> str:
     return name.replace("\ufeff", "").strip()
 
 
-# --- what is broken
-
-csv.field_size_limit(2**31 - 1)  # texts may be longer than the 128 kB that Python stops at
-
-
 def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
     """One sentence for each way in which rows have another number of fields than the header.
 
     With `lone_quotes`, if there are none: one on the rows with a quote that has no partner, over which polars stumbles.
     """
-    quotes = expected = 0
+    expected = read = 0
     wrong: dict[int, list[int]] = {}
     lone: list[int] = []
     problems: list[str] = []
-
-    def counted(lines: Iterable[str]) -> Iterator[str]:  # a line ends in a line feed alone, as polars sees it
-        nonlocal quotes
-        for line in lines:
-            quotes += line.count('"')
-            yield line.rstrip("\r\n").replace("\r", " ") + "\n"
-
     delimiter, _ = read_header(source)
-    with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as lines:
-        for row, cells in enumerate(csv.reader(counted(lines), delimiter=delimiter), start=1):
-            odd, quotes = quotes % 2 == 1, 0
-            expected = expected or len(cells)
+    with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
+        # A line ends in a line feed alone, as polars sees it. `again` are the same lines, to count their quotes.
+        lines, again = itertools.tee(line.rstrip("\r\n").replace("\r", " ") + "\n" for line in text)
+        reader = csv.reader(lines, delimiter=delimiter)
+        for row, cells in enumerate(reader, start=1):
+            odd = sum(line.count('"') for line in itertools.islice(again, reader.line_num - read)) % 2 == 1
+            read, expected = reader.line_num, expected or len(cells)
             if odd:
                 lone.append(row)
             if odd and "\n" in cells[-1]:  # only at the end of the file can a field still be open
@@ -249,33 +219,29 @@ def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
 def _broken_json(source: str) -> list[str]:
     """One sentence on the rows of a JSON table that are no records, or on where it stops being JSON."""
 
-    def parsed(line: bytes) -> object:
+    def parsed(content: bytes) -> object:
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-
-    if file_format(source) == ".json":
-        try:
-            records = json.loads(_read(source))
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
-            where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+            return error
+
+    records: object = []
+    if file_format(source) == ".json":
+        records = parsed(_read(source))
+        if isinstance(records, Exception):
+            where = f" (line {records.lineno}: {records.msg})" if isinstance(records, json.JSONDecodeError) else ""
             return [f"{source}: is not whole JSON{where}. Mend it there, or export it again."]
-    else:
+    elif file_format(source) != ".parquet":
         records = [parsed(line) if line.strip() else {} for line in _read(source).split(b"\n")]
     rows = [i for i, one in enumerate(records if isinstance(records, list) else [], 1) if not isinstance(one, dict)]
     what = "is no record" if len(rows) == 1 else "are no records"
     return [f'{source}: {name_rows(rows)} {what} like {{"sentence": "…", "label": "…"}}.'] if rows else []
 
 
-# --- columns
-
-
 def find_column(source: str, columns: Sequence[str], wanted: str | None, role: str) -> str:
     """The column to use as `text` or `label`: the one asked for, else the usual first name, else the only usual one.
 
-    Raises:
-        DataError: none or several fit.
+    A `DataError` if none or several fit.
     """
     usual = USUAL_COLUMNS[role]
     listed = ", ".join(map(repr, columns))
@@ -306,12 +272,11 @@ def find_column(source: str, columns: Sequence[str], wanted: str | None, role: s
 def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple[str, ...]]:
     """A whole table and the columns to use as `text` and `label` (or one of these), asked for by name or None.
 
-    Raises:
-        DataError: with every problem found.
+    A `DataError` has every problem found.
     """
     frame = scan(source)
     columns = frame.collect_schema().names()
-    local_text = is_delimited(source) and not is_remote(source)
+    local_text = is_delimited(source) and not source.startswith(REMOTE)
     problems: list[str] = []
     found: list[str] = []
     for role, name in wanted.items():
