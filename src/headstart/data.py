@@ -198,10 +198,8 @@ def split(
     known = {text_key(text) for text in tables["train"].texts}
     for name, table in given.items():
         if leaked := sum(text_key(text) in known for text in table.texts):
-            notices.append(
-                f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''} "
-                f"in the training table: the {name} score may flatter."
-            )
+            stand = f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''}"
+            notices.append(f"{stand} in the training table: the {name} score may flatter.")
     return Splits(**tables, notices=tuple(notices))
 
 
@@ -232,11 +230,8 @@ def _absent(dataset: Dataset, part: Indexes) -> list[int]:
 def _gather_duplicates(dataset: Dataset, parts: dict[str, Indexes]) -> int:
     """Move copies of a text to the first part that has one; returns how many rows moved."""
     home: dict[str, str] = {}
-    moved = 0
-    for name, part in parts.items():
-        places = np.array([home.setdefault(text_key(dataset.texts[row]), name) for row in part], dtype=object)
-        for place in set(places) - {name}:
-            parts[place] = np.append(parts[place], part[places == place])
-        parts[name] = part[places == name]
-        moved += int((places != name).sum())
-    return moved
+    rows = np.concatenate(list(parts.values()))
+    old = np.repeat(list(parts), [len(part) for part in parts.values()])
+    new = np.array([home.setdefault(text_key(dataset.texts[i]), name) for i, name in zip(rows, old, strict=True)])
+    parts |= {name: rows[new == name] for name in parts}
+    return int((new != old).sum())

@@ -59,18 +59,14 @@ def name_rows(rows: Sequence[int]) -> str:
 
 
 def scan(source: str) -> pl.LazyFrame:
-    """A table as a lazy frame with clean headers, for streaming; delimited files give strings only.
-
-    A `DataError` if it is not a readable table.
-    """
+    """A table as a lazy frame with clean headers, only strings where delimited; a `DataError` if it is unreadable."""
     remote = source.startswith(REMOTE)
     names: list[str] = []
     with parsing(source):
         ending = file_format(source) if remote else _checked_format(source)
         if is_delimited(source):
             delimiter, names = read_header(source) if not remote else ("\t" if ending == ".tsv" else ",", [])
-            # Brackets and stars in a path are its name, not a pattern.
-            frame = pl.scan_csv(source, separator=delimiter, infer_schema=False, glob=False)
+            frame = pl.scan_csv(source, separator=delimiter, infer_schema=False, glob=False)  # `*` in a name is a star
         elif ending in (".jsonl", ".ndjson"):
             marked = not remote and _read(source, 3) == codecs.BOM_UTF8  # polars stumbles over it
             content = _read(source).removeprefix(codecs.BOM_UTF8) if marked else glob.escape(source)
@@ -160,10 +156,7 @@ def _read(source: str, size: int = -1) -> bytes:
 
 
 def read_header(source: str) -> tuple[str, list[str]]:
-    """The delimiter of a local file and its clean column names, from the first line that is not empty.
-
-    The delimiter is the one that makes most known columns, or most columns; `.tsv` is tabs.
-    """
+    """A local file's delimiter (makes most known columns, or else most; in `.tsv` a tab) and clean column names."""
     with _open_bytes(source) as file:
         line = next((line for line in file if line.strip(b"\r\n")), b"")
     header = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
@@ -239,12 +232,8 @@ def _broken_json(source: str) -> list[str]:
 
 
 def find_column(source: str, columns: Sequence[str], wanted: str | None, role: str) -> str:
-    """The column to use as `text` or `label`: the one asked for, else the usual first name, else the only usual one.
-
-    A `DataError` if none or several fit.
-    """
-    usual = USUAL_COLUMNS[role]
-    listed = ", ".join(map(repr, columns))
+    """The `text` or `label` column: as asked, the first usual name, or the only usual one; a `DataError` otherwise."""
+    usual, listed = USUAL_COLUMNS[role], ", ".join(map(repr, columns))
     if wanted is not None:
         if wanted in columns:
             return wanted
@@ -270,10 +259,7 @@ def find_column(source: str, columns: Sequence[str], wanted: str | None, role: s
 
 
 def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """A whole table and the columns to use as `text` and `label` (or one of these), asked for by name or None.
-
-    A `DataError` has every problem found.
-    """
+    """A table and its columns for `text`, `label` or both, by name or None; a `DataError` has every problem found."""
     frame = scan(source)
     columns = frame.collect_schema().names()
     local_text = is_delimited(source) and not source.startswith(REMOTE)
@@ -301,9 +287,7 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
     if not table.height:
         problems.append(f"{source}: has a header and no rows.")
     elif local_text and (table[columns[-1]].null_count() or _read(source).count(b'"') % 2):
-        # A row that ends early reads as empty last cells, and a quote left open has no partner: only then is the
-        # slower look worth its time.
-        problems = ragged_rows(source)
+        problems = ragged_rows(source)  # slow; a row that ends early has empty last cells, an open quote no partner
     if problems:
         raise DataError(problems)
     return table, tuple(found)

@@ -19,6 +19,7 @@ CANDIDATE_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048
 MOST_CUT = 0.005  # the advised length cuts at most this share of the texts
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 CHUNK = 2_000  # texts tokenized at once
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Tokens:
     """The token ids of n texts, special ones included, ragged: text i is `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
+    offsets: Ints
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -35,15 +36,15 @@ class Tokens:
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Ints:
         """(n,) tokens a text."""
         return np.diff(self.offsets)
 
-    def take(self, index: NDArray[np.int64]) -> "Tokens":
+    def take(self, index: Ints) -> "Tokens":
         """The texts at `index`, in that order."""
         return _ragged([self[i] for i in index.tolist()])
 
-    def padded(self, index: NDArray[np.int64], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def padded(self, index: Ints, pad_id: int) -> tuple[Ints, Ints]:
         """The texts at `index` as (batch, longest) int64 ids, padded on the right, and their 0/1 mask."""
         lengths = self.lengths[index]
         mask = np.arange(int(lengths.max())) < lengths[:, None]
@@ -58,10 +59,7 @@ def _ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
 
 
 class Tokenizer:
-    """A model's fast tokenizer, as in `tokenizer.json`; `pad_id` fills short texts.
-
-    Truncation is kept apart, so that full lengths are known first.
-    """
+    """A model's fast tokenizer; `pad_id` fills short texts. To know full lengths first, truncation is kept apart."""
 
     def __init__(self, fast: FastTokenizer, pad_id: int) -> None:
         fast.no_padding()
@@ -119,14 +117,14 @@ class LengthAdvice:
     `candidates` are those considered, shortest first; `advised` is one of theirs and `reason` says why.
     """
 
-    lengths: NDArray[np.int64]
+    lengths: Ints
     quantiles: dict[float, int]
     candidates: tuple[Candidate, ...]
     advised: int
     reason: str
 
 
-def encoder_cost(lengths: NDArray[np.int64], hidden: int) -> float:
+def encoder_cost(lengths: Ints, hidden: int) -> float:
     """Relative FLOPs of encoding texts: 24·d²·s in the matrix products and 4·d·s² in attention, over 24·d².
 
     From the usual count of 2 FLOPs a multiply-add with a 4·d wide feed-forward layer (Kaplan et al. 2020, table 1).
@@ -135,7 +133,7 @@ def encoder_cost(lengths: NDArray[np.int64], hidden: int) -> float:
     return float((s + s**2 / (6 * hidden)).sum())
 
 
-def advise_length(lengths: NDArray[np.int64], *, limit: int, hidden: int = 768) -> LengthAdvice:
+def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvice:
     """The shortest usual length that cuts at most 0.5% of the texts, or `limit`, the most tokens the model takes.
 
     `lengths` are (n,) tokens a text; `hidden` is the encoder's width, for the relative cost.
@@ -158,9 +156,7 @@ def advise_length(lengths: NDArray[np.int64], *, limit: int, hidden: int = 768) 
     return LengthAdvice(lengths, quantiles, candidates, best.max_length, reason)
 
 
-def like_length_batches(
-    lengths: NDArray[np.int64], *, most_tokens: int, most_texts: int | None = None
-) -> Iterator[NDArray[np.int64]]:
+def like_length_batches(lengths: Ints, *, most_tokens: int, most_texts: int | None = None) -> Iterator[Ints]:
     """Indexes of texts, of (n,) `lengths`, in batches of like length, the longest first: little padding is computed.
 
     No batch has more than `most_tokens` when padded, unless one text has, or more than `most_texts`.
