@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import BinaryIO
 
 import polars as pl
 
@@ -74,8 +73,7 @@ def scan(source: str) -> pl.LazyFrame:
         elif ending == ".json":
             frame = pl.read_json(_read(source), infer_schema_length=None).lazy()
         else:
-            packed = source.lower().endswith(".gz")
-            frame = pl.scan_parquet(_read(source) if packed else source, glob=False)
+            frame = pl.scan_parquet(_read(source) if source.lower().endswith(".gz") else source, glob=False)
         columns = frame.collect_schema().names()
     clean = [_clean(column) for column in columns]
     names = names or clean  # polars renames a column that a header repeats
@@ -145,9 +143,8 @@ def _checked_format(source: str) -> str:
     return ending
 
 
-def _open_bytes(source: str) -> BinaryIO:
-    # A GzipFile is a BinaryIO in all but name.
-    return gzip.open(source) if source.lower().endswith(".gz") else open(source, "rb")  # type: ignore[return-value]
+def _open_bytes(source: str) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(source) if source.lower().endswith(".gz") else open(source, "rb")
 
 
 def _read(source: str, size: int = -1) -> bytes:
