@@ -2,10 +2,9 @@
 
 A *shelf* is a folder for one encoder and layout; it holds immutable *segments*, each a safetensors file of keys
 (16 bytes a text), vectors (half precision) and a checksum a row. A segment is written beside its place, synced and
-renamed, so a torn one is never seen, and readers need no lock. A text's key is a hash of its token ids after
-truncation: that covers the text, the tokenizer and max_length, and lets a run with another max_length reuse every
-text that neither cuts. All else that changes the answer is in the shelf's name. This room knows files and arrays;
-what the vectors mean is the encoder's business.
+renamed, so readers see none that is torn, and need no lock. A text's key is a hash of its truncated token ids, which
+covers the tokenizer and max_length; a run with another max_length reuses what neither cuts. All else that changes the
+answer is in the shelf's name.
 """
 
 import contextlib
@@ -50,11 +49,7 @@ def cache_folder() -> Path:
 
 
 def cache_max_bytes() -> int:
-    """The size cap of the store, from HEADSTART_CACHE_MAX_BYTES or the default.
-
-    Raises:
-        InputError: the variable is no whole number.
-    """
+    """The size cap of the store: HEADSTART_CACHE_MAX_BYTES (an `InputError` if that is no number) or the default."""
     given = os.environ.get("HEADSTART_CACHE_MAX_BYTES", str(CACHE_MAX_BYTES))
     if not given.isdigit():
         raise InputError(f"HEADSTART_CACHE_MAX_BYTES must be a number of bytes, and {given!r} was given.")
@@ -105,16 +100,12 @@ class Features:
 
     def cost(self) -> dict[str, int]:
         """As `metrics.json` has it: distinct texts, how many were encoded and reused, and their bytes."""
-        texts, size = len(self.distinct), self.distinct.nbytes
-        return {"texts": texts, "bytes": size, "encoded": self.encoded, "reused": self.reused}
+        sizes = {"texts": len(self.distinct), "bytes": self.distinct.nbytes}
+        return {**sizes, "encoded": self.encoded, "reused": self.reused}
 
 
 def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) -> NDArray[Any]:
-    """An empty array: in memory, or mapped from a nameless file in the cache where it would take much of what is free.
-
-    Raises:
-        DiskError: there is no room for the file.
-    """
+    """An empty array in memory; where that would take much, on a nameless file (a `DiskError` if that has no room)."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < IN_MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, dtype)
@@ -125,7 +116,7 @@ def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) ->
 
 
 class Shelf:
-    """The stored vectors of one encoder and layout, (vectors, hidden) a text, as segments in one folder."""
+    """Stored vectors of one encoder and layout, (vectors, hidden) a text, in one folder; `warnings` tells of damage."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
         self.folder = folder
@@ -133,10 +124,7 @@ class Shelf:
         self.warnings: list[str] = []
 
     def lookup(self, keys: NDArray[np.void], into: NDArray[np.float16]) -> NDArray[np.bool_]:
-        """Copy what is stored under `keys` into the rows of `into`; returns (n,) whether each key was found whole.
-
-        Damaged rows and segments are passed over with a warning in `warnings`; they count as not stored.
-        """
+        """Copy what is stored under `keys` into the rows of `into`; (n,) whether each was found, not so if damaged."""
         found = np.zeros(len(keys), dtype=bool)
         for _, _, path in reversed(by_age(self.folder.glob("*.safetensors"))):
             if found.all():
@@ -181,11 +169,7 @@ class Shelf:
             path.unlink()
 
     def append(self, keys: NDArray[np.void], values: NDArray[np.float16]) -> None:
-        """Write one segment: synced, then renamed into place, under the store's lock; evict if over the cap.
-
-        Raises:
-            DiskError: full, read-only or forbidden.
-        """
+        """Write a segment: synced, then renamed, under the store's lock; then evict. A `DiskError` if it cannot be."""
         flat = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
         sums = np.array([row_checksum(k, v) for k, v in zip(flat, values, strict=True)], dtype=np.uint32)
         data = save({"keys": flat, "checksums": sums, "values": np.ascontiguousarray(values)})
@@ -200,7 +184,7 @@ class Shelf:
                     file.flush()
                     os.fsync(file.fileno())
                 sync_folder(self.folder)
-                _evict(store, cache_max_bytes())
+                _evict(store)
 
 
 def row_checksum(key: NDArray[np.uint8], value: NDArray[np.float16]) -> int:
@@ -222,13 +206,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def sync_folder(path: Path) -> None:
     """Wait until the disk has a folder's entries (POSIX; elsewhere renames are already ordered)."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
@@ -240,32 +223,27 @@ def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
-def _evict(store: Path, cap: int) -> None:
-    """Delete the segments used longest ago until the store is within `cap` bytes."""
+def _evict(store: Path) -> None:
+    """Delete the segments used longest ago until the store is within its cap."""
     segments = by_age(store.glob("*/*.safetensors"))
-    total = sum(size for _, size, _ in segments)
+    excess = sum(size for _, size, _ in segments) - cache_max_bytes()
     for _, size, path in segments:
-        if total <= cap:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+        if excess > 0:
+            path.unlink(missing_ok=True)
+            excess -= size
 
 
 def shelf_for(encoder: Encoder, layout: Sequence[str]) -> Shelf:
     """The shelf of an encoder and layout; its name holds everything but the text that changes a vector."""
-    parts = json.dumps([FORMAT, encoder.fingerprint, list(layout)])
-    name = hashlib.sha256(parts.encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([FORMAT, encoder.fingerprint, list(layout)]).encode()).hexdigest()[:32]
     return Shelf(cache_folder() / "features" / name, (len(layout), encoder.hidden))
 
 
 def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
-    """What the frozen encoder makes of each text: from the store where it is there, computed and kept where not.
+    """What the frozen encoder makes of n truncated texts: from the store if it is there, else computed and kept.
 
-    Each distinct text of `tokens` (n, truncated) is looked up or computed once, and rounded to half precision either
-    way, so that a stored and a fresh answer are the same.
-
-    Raises:
-        DiskError: the store cannot be written.
+    Each distinct text is looked up or computed once, and rounded to half precision either way, so that a stored and a
+    fresh answer are the same. A `DiskError` if the store cannot be written.
     """
     layout = stored_layout(encoder)
     shelf = shelf_for(encoder, layout)
@@ -274,9 +252,8 @@ def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
     missing = np.flatnonzero(~shelf.lookup(keys, values))
     left, unsaved = len(missing), np.zeros(0, dtype=np.int64)
     if left:
-        batches = encode(encoder, tokens.take(first[missing]), layout)
         with bar("encoding", left, "texts") as advance:
-            for index, fresh in batches:
+            for index, fresh in encode(encoder, tokens.take(first[missing]), layout):
                 values[missing[index]] = fresh
                 unsaved = np.append(unsaved, missing[index])
                 left -= len(index)
@@ -286,9 +263,6 @@ def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
                     unsaved = unsaved[:0]
     reused = len(keys) - len(missing)
     return Features(values, where.ravel(), layout, len(missing), reused, tuple(shelf.warnings))
-
-
-# --- what `headstart cache` shows and does
 
 
 class CacheInfo(NamedTuple):
@@ -314,11 +288,7 @@ def cache_info() -> CacheInfo:
 
 
 def clear_cache() -> int:
-    """Delete every stored feature; returns the bytes freed.
-
-    Raises:
-        DiskError: forbidden.
-    """
+    """Delete every stored feature; returns the bytes freed. A `DiskError` if that is forbidden."""
     info = cache_info()
     with disk_errors(info.folder):
         if info.folder.is_dir():

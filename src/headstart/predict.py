@@ -1,9 +1,5 @@
-"""The one place where logits become probabilities and labels: of lists, of streams, of files.
+"""The one place where logits become probabilities and labels (of lists, streams, files); knows nothing of training."""
 
-This room knows a loaded classifier and tables; it knows nothing of training.
-"""
-
-import gzip
 import hashlib
 import itertools
 import os
@@ -11,6 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from gzip import GzipFile
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -66,10 +64,7 @@ class Predictor:
         return self.score(texts).probabilities
 
     def score(self, texts: Sequence[str], *, progress: str | None = None) -> Scores:
-        """Probabilities of each text; a text that occurs twice, or was scored not long ago, is not scored again.
-
-        `progress` labels a bar.
-        """
+        """Probabilities of each text, scored once if it occurs twice or came not long ago; `progress` labels a bar."""
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         answers = {key: answer for key in keys if (answer := self.remembered.get(key))}
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
@@ -100,15 +95,8 @@ class Predictor:
 
 
 def load(run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> Predictor:
-    """Load a run folder to predict with.
-
-    Raises:
-        RunError: it is not one, or a file in it is missing or damaged.
-    """
+    """Load a run folder to predict with; a `RunError` if it is none, or a file in it is missing or damaged."""
     return Predictor(load_run(run, choose_placement(device, precision)))
-
-
-# --- files
 
 
 @dataclass
@@ -127,14 +115,16 @@ def answer_columns(probabilities: NDArray[np.float64], names: Sequence[str]) -> 
     return {"prediction": best, "confidence": pl.Series(probabilities.max(axis=1)), **shares}
 
 
-def score_column(predictor: Predictor, column: pl.Series) -> tuple[pl.DataFrame, FileSummary]:
-    """The contract's columns for a column of texts, null where one is blank, and what it came to."""
-    texts = column.cast(pl.String).to_list()
+def score_part(predictor: Predictor, part: pl.DataFrame, column: str) -> tuple[pl.DataFrame, FileSummary]:
+    """A part of a table with the columns of its answers, null where the text is blank, and what it came to."""
+    texts = part[column].cast(pl.String).to_list()
     kept = {i: place for place, i in enumerate(i for i, text in enumerate(texts) if text and text.strip())}
     scores = predictor.score([texts[i] for i in kept])
     rows = pl.Series([kept.get(i) for i in range(len(texts))], dtype=pl.UInt32)
-    columns = pl.DataFrame(answer_columns(scores.probabilities, predictor.names)).select(pl.all().gather(rows))
-    return columns, FileSummary(len(texts), len(texts) - len(kept), int(scores.cut.sum()))
+    added = pl.DataFrame(answer_columns(scores.probabilities, predictor.names)).select(pl.all().gather(rows))
+    return part.with_columns(added.get_columns()), FileSummary(
+        len(texts), len(texts) - len(kept), int(scores.cut.sum())
+    )
 
 
 def predict_file(predictor: Predictor, source: str, output: str, text: str | None = None) -> FileSummary:
@@ -142,11 +132,8 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
 
     The output, of any format headstart reads (the ending decides) or `-` for CSV on stdout, keeps the table's columns
     and adds `prediction`, `confidence` and `p_NAME` for each label. It is written beside its place and renamed when
-    whole. `text` is the text column; None: the one trained on, or else found.
-
-    Raises:
-        DataError: the table cannot be read.
-        DiskError: the output cannot be written.
+    whole. `text` is the text column; None: the one trained on, or else found. A `DataError` says why the table cannot
+    be read, a `DiskError` why the output cannot be written.
     """
     path = resolve_path(source)
     frame = scan(path)
@@ -159,28 +146,25 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
         raise DataError(f"{output}: is the input; choose another --output.")
     if ending in (".csv", ".tsv") and (nested := [name for name, dtype in schema.items() if dtype.is_nested()]):
         raise DataError(f"{path}: the column {nested[0]!r} holds lists or records; write .jsonl or .parquet.")
+    score = partial(score_part, predictor, column=column)
     summary = FileSummary()
-
-    def with_scores(part: pl.DataFrame) -> tuple[pl.DataFrame, FileSummary]:
-        columns, counts = score_column(predictor, part[column])
-        return part.with_columns(columns.get_columns()), counts
 
     def scored() -> Iterator[pl.DataFrame]:  # this thread reads and writes, others tokenise and compute
         with bar("scoring", None, "texts") as advance:
-            for part, counts in side_by_side(with_scores, read_parts(frame, path)):
+            for part, counts in side_by_side(score, read_parts(frame, path)):
                 summary.rows += counts.rows
                 summary.blank += counts.blank
                 summary.cut += counts.cut
                 advance(counts.rows, "")
                 yield part
 
-    empty = with_scores(pl.DataFrame(schema=schema))[0]
+    empty, _ = score(pl.DataFrame(schema=schema))
     if output == "-":
         write_frames(sys.stdout.buffer, ending, scored(), empty)
         return summary
     with disk_errors(Path(output)), whole_file(Path(output)) as temporary, open(temporary, "wb") as file:
         packs = output.lower().endswith(".gz") and ending != ".parquet"
-        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) if packs else nullcontext(file) as target:
+        with GzipFile("", "wb", fileobj=file, mtime=0) if packs else nullcontext(file) as target:
             write_frames(target, ending, scored(), empty)
     return summary
 
@@ -198,9 +182,7 @@ def read_parts(frame: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:
             os.environ.pop(name, None)
 
 
-def write_frames(
-    file: IO[bytes] | gzip.GzipFile, ending: str, frames: Iterator[pl.DataFrame], empty: pl.DataFrame
-) -> None:
+def write_frames(file: IO[bytes] | GzipFile, ending: str, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
     """Write frames, all with the columns of `empty`, one after the other as a table of the format."""
     if ending == ".parquet":
         from polars.io.plugins import register_io_source
@@ -231,10 +213,7 @@ class Answer(NamedTuple):
 
 
 def label_lines(predictor: Predictor, lines: Iterable[str], at_once: int = 1) -> Iterator[Answer]:
-    """Label a text a line, of lines without end perhaps; blank ones are passed over.
-
-    `at_once` lines are read before the first is answered: 1 for a person who waits, more for a pipe.
-    """
+    """Label each line that is not blank, `at_once` read before the first is answered: 1 where a person waits."""
     texts = (text for line in lines if (text := line.strip()))
     while chunk := list(itertools.islice(texts, at_once)):
         scores = predictor.score(chunk)
