@@ -1,6 +1,7 @@
 """From a run folder to labels: lists, streams and files of every format, whole or not at all, in flat memory."""
 
 import csv
+import gzip
 import itertools
 import os
 import subprocess
@@ -146,13 +147,8 @@ def table(rows: int = 12) -> pl.DataFrame:
 
 
 def write_table(frame: pl.DataFrame, path: Path) -> Path:
-    empty = frame.clear()
-    ending = tables.file_format(str(path))
-    if ending == ".parquet":
-        frame.write_parquet(path)
-    else:
-        with open(path, "wb") as plain, predict._maybe_gzip(plain, path.name) as file:
-            write_frames(file, ending, [frame], empty)
+    with gzip.open(path, "wb") if path.name.endswith(".gz") else open(path, "wb") as file:
+        write_frames(file, tables.file_format(str(path)), iter([frame]), frame.clear())
     return path
 
 

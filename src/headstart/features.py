@@ -2,11 +2,9 @@
 
 A *shelf* is a folder for one encoder and layout; it holds immutable *segments*, each a safetensors file of keys
 (16 bytes a text), vectors (half precision) and a checksum a row. A segment is written beside its place, synced and
-renamed, so a torn one is never seen, and readers need no lock. A text's key is a hash of its token ids after
-truncation: that covers the text, the tokenizer and max_length, and lets a run with another max_length reuse every
-text that neither cuts. All else that changes the answer is in the shelf's name.
-
-This room knows files and arrays; what the vectors mean is the encoder's business.
+renamed, so readers see none that is torn, and need no lock. A text's key is a hash of its truncated token ids, which
+covers the tokenizer and max_length; a run with another max_length reuses what neither cuts. All else that changes the
+answer is in the shelf's name.
 """
 
 import contextlib
@@ -22,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -34,21 +32,15 @@ from safetensors.numpy import save
 
 from headstart.config import CACHE_MAX_BYTES
 from headstart.encoder import Encoder, encode, stored_layout
-from headstart.errors import InputError, disk_errors
-from headstart.progress import Advance, bar
+from headstart.errors import InputError, count_of, disk_errors
+from headstart.progress import bar
 from headstart.tokens import Tokens
 
 FORMAT = "1"
 KEY_BYTES = 16
-SEGMENT_BYTES = 64 * 1024**2
-"""A segment is written whenever this much is ready, so that an interrupted pass keeps what it has done."""
-
-IN_MEMORY_SHARE = 0.25
-"""Of the memory that is free, what one array may take; a larger one is mapped from disk."""
-
 READ_ROWS = 1024
-
-Batch = tuple[NDArray[np.int64], NDArray[np.float16]]
+SEGMENT_BYTES = 64 * 1024**2  # a segment is written when this much is ready: an interrupted pass keeps what it has done
+IN_MEMORY_SHARE = 0.25  # of the memory that is free, what one array may take; a larger one is mapped from disk
 
 
 def cache_folder() -> Path:
@@ -57,14 +49,8 @@ def cache_folder() -> Path:
 
 
 def cache_max_bytes() -> int:
-    """The size cap of the store, from HEADSTART_CACHE_MAX_BYTES or the default.
-
-    Raises:
-        InputError: the variable is no whole number.
-    """
-    given = os.environ.get("HEADSTART_CACHE_MAX_BYTES")
-    if given is None:
-        return CACHE_MAX_BYTES
+    """The size cap of the store: HEADSTART_CACHE_MAX_BYTES (an `InputError` if that is no number) or the default."""
+    given = os.environ.get("HEADSTART_CACHE_MAX_BYTES", str(CACHE_MAX_BYTES))
     if not given.isdigit():
         raise InputError(f"HEADSTART_CACHE_MAX_BYTES must be a number of bytes, and {given!r} was given.")
     return int(given)
@@ -119,23 +105,18 @@ class Features:
 
 
 def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) -> NDArray[Any]:
-    """An empty array: in memory, or mapped from a nameless file in the cache where it would take much of what is free.
-
-    Raises:
-        DiskError: there is no room for the file.
-    """
+    """An empty array in memory; where that would take much, on a nameless file (a `DiskError` if that has no room)."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < IN_MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, dtype)
-    folder = cache_folder()
-    with disk_errors(folder):
+    with disk_errors(folder := cache_folder()):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             return np.memmap(file, dtype, mode="w+", shape=shape)
 
 
 class Shelf:
-    """The stored vectors of one encoder and layout, (vectors, hidden) a text, as segments in one folder."""
+    """Stored vectors of one encoder and layout, (vectors, hidden) a text, in one folder; `warnings` tells of damage."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
         self.folder = folder
@@ -143,15 +124,9 @@ class Shelf:
         self.warnings: list[str] = []
 
     def lookup(self, keys: NDArray[np.void], into: NDArray[np.float16]) -> NDArray[np.bool_]:
-        """Copy what is stored under `keys` into the rows of `into`.
-
-        Damaged rows and segments are passed over with a warning in `warnings`; they count as not stored.
-
-        Returns:
-            (n,) whether each key was found whole.
-        """
+        """Copy what is stored under `keys` into the rows of `into`; (n,) whether each was found, not so if damaged."""
         found = np.zeros(len(keys), dtype=bool)
-        for path in self._segments():
+        for _, _, path in reversed(by_age(self.folder.glob("*.safetensors"))):
             if found.all():
                 break
             try:
@@ -178,56 +153,38 @@ class Shelf:
             sums, values = segment.get_tensor("checksums"), segment.get_tensor("values")
         if values.shape[1:] != self.shape or len(stored) != len(values) or len(sums) != len(values):
             raise ValueError("its shape is not the shelf's")
-        bad = 0
-        for target, row in zip(missing[here].tolist(), rows[here].tolist(), strict=True):
-            if row_checksum(stored[row], values[row]) != sums[row]:
-                bad += 1
-                continue
-            into[target] = values[row]
-            found[target] = True
-        if bad:
-            self._damaged(path, f"has {bad:,} damaged row{'s' if bad != 1 else ''}")
-        else:
+        targets, rows = missing[here], rows[here]
+        whole = np.array([row_checksum(stored[row], values[row]) == sums[row] for row in rows], dtype=bool)
+        into[targets[whole]] = values[rows[whole]]
+        found[targets[whole]] = True
+        if whole.all():
             with contextlib.suppress(OSError):  # a read-only cache still serves
                 os.utime(path)
+        else:
+            self._damaged(path, f"has {count_of(int((~whole).sum()), 'damaged row')}")
 
     def _damaged(self, path: Path, what: str) -> None:
         self.warnings.append(f"The feature store's file {path} {what}; those texts are encoded again.")
         with contextlib.suppress(OSError):
             path.unlink()
 
-    def _segments(self) -> list[Path]:
-        """Segments, the newest first."""
-        dated = []
-        for path in self.folder.glob("*.safetensors"):
-            with contextlib.suppress(OSError):
-                dated.append((path.stat().st_mtime_ns, path))
-        return [path for _, path in sorted(dated, reverse=True)]
-
     def append(self, keys: NDArray[np.void], values: NDArray[np.float16]) -> None:
-        """Write one segment: synced, then renamed into place, under the store's lock; evict if over the cap.
-
-        Raises:
-            DiskError: full, read-only or forbidden.
-        """
+        """Write a segment: synced, then renamed, under the store's lock; then evict. A `DiskError` if it cannot be."""
         flat = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
         sums = np.array([row_checksum(k, v) for k, v in zip(flat, values, strict=True)], dtype=np.uint32)
         data = save({"keys": flat, "checksums": sums, "values": np.ascontiguousarray(values)})
         store = self.folder.parent
         with disk_errors(store):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            store.mkdir(parents=True, exist_ok=True)
             with FileLock(store / "lock"):
                 for orphan in store.glob("*/*.tmp"):  # left by a killed writer: a living one would hold the lock
                     orphan.unlink(missing_ok=True)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
-                try:
-                    write_synced(temporary, data)
-                    temporary.rename(temporary.with_suffix(".safetensors"))
-                finally:
-                    temporary.unlink(missing_ok=True)
+                with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as part, open(part, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
                 sync_folder(self.folder)
-                _evict(store, cache_max_bytes())
+                _evict(store)
 
 
 def row_checksum(key: NDArray[np.uint8], value: NDArray[np.float16]) -> int:
@@ -235,96 +192,80 @@ def row_checksum(key: NDArray[np.uint8], value: NDArray[np.float16]) -> int:
     return zlib.crc32(value.tobytes(), zlib.crc32(key.tobytes()))
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it at the end, removed if anything failed."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
     """Wait until the disk has a folder's entries (POSIX; elsewhere renames are already ordered)."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _evict(store: Path, cap: int) -> None:
-    """Delete the segments used longest ago until the store is within `cap` bytes."""
-    entries = []
-    for path in store.glob("*/*.safetensors"):
+def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
+    """Time of the last use (ns), bytes and path of each segment still there, the one used longest ago first."""
+    found = []
+    for path in paths:
         with contextlib.suppress(OSError):
-            stat = path.stat()
-            entries.append((stat.st_mtime_ns, stat.st_size, path))
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= cap:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+            found.append(((stat := path.stat()).st_mtime_ns, stat.st_size, path))
+    return sorted(found)
+
+
+def _evict(store: Path) -> None:
+    """Delete the segments used longest ago until the store is within its cap."""
+    segments = by_age(store.glob("*/*.safetensors"))
+    excess = sum(size for _, size, _ in segments) - cache_max_bytes()
+    for _, size, path in segments:
+        if excess > 0:
+            path.unlink(missing_ok=True)
+            excess -= size
 
 
 def shelf_for(encoder: Encoder, layout: Sequence[str]) -> Shelf:
     """The shelf of an encoder and layout; its name holds everything but the text that changes a vector."""
-    parts = json.dumps([FORMAT, encoder.fingerprint, list(layout)])
-    name = hashlib.sha256(parts.encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([FORMAT, encoder.fingerprint, list(layout)]).encode()).hexdigest()[:32]
     return Shelf(cache_folder() / "features" / name, (len(layout), encoder.hidden))
 
 
 def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
-    """What the frozen encoder makes of each text: from the store where it is there, computed and kept where not.
+    """What the frozen encoder makes of n truncated texts: from the store if it is there, else computed and kept.
 
-    Each distinct text is looked up or computed once. Values are rounded to half precision either way, so a
-    stored and a fresh answer are the same.
-
-    Args:
-        encoder: loaded and frozen.
-        tokens: n texts, truncated.
-
-    Raises:
-        DiskError: the store cannot be written.
+    Each distinct text is looked up or computed once, and rounded to half precision either way, so that a stored and a
+    fresh answer are the same. A `DiskError` if the store cannot be written.
     """
     layout = stored_layout(encoder)
     shelf = shelf_for(encoder, layout)
     keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
     values = roomy((len(keys), *shelf.shape), np.float16)
     missing = np.flatnonzero(~shelf.lookup(keys, values))
-    if len(missing):
-        batches = encode(encoder, tokens.take(first[missing]), layout)
-        with bar("encoding", len(missing), "texts") as advance:
-            for part, fresh in _in_segments(batches, advance):
-                rows = missing[part]
-                values[rows] = fresh
-                shelf.append(keys[rows], fresh)
+    left, unsaved = len(missing), np.zeros(0, dtype=np.int64)
+    if left:
+        with bar("encoding", left, "texts") as advance:
+            for index, fresh in encode(encoder, tokens.take(first[missing]), layout):
+                values[missing[index]] = fresh
+                unsaved = np.append(unsaved, missing[index])
+                left -= len(index)
+                advance(len(index), "")
+                if left == 0 or values[0].nbytes * len(unsaved) >= SEGMENT_BYTES:
+                    shelf.append(keys[unsaved], values[unsaved])
+                    unsaved = unsaved[:0]
     reused = len(keys) - len(missing)
     return Features(values, where.ravel(), layout, len(missing), reused, tuple(shelf.warnings))
 
 
-def _in_segments(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
-    """Join batches until they are as large as a segment shall be."""
-    pending: list[Batch] = []
-    size = 0
-    for index, fresh in batches:
-        pending.append((index, fresh))
-        size += fresh.nbytes
-        advance(len(index), "")
-        if size >= SEGMENT_BYTES:
-            yield np.concatenate([i for i, _ in pending]), np.concatenate([f for _, f in pending])
-            pending, size = [], 0
-    if pending:
-        yield np.concatenate([i for i, _ in pending]), np.concatenate([f for _, f in pending])
-
-
-# --- what `headstart cache` shows and does
-
-
-@dataclass(frozen=True)
-class CacheInfo:
+class CacheInfo(NamedTuple):
     """What the store holds: texts over all encoders, shelves (encoders and layouts), bytes on disk and their cap."""
 
     folder: Path
@@ -337,28 +278,21 @@ class CacheInfo:
 def cache_info() -> CacheInfo:
     """Count what the store holds; files that cannot be read count as bytes only."""
     store = cache_folder() / "features"
-    texts = size = 0
-    shelves = set()
-    for path in store.glob("*/*.safetensors"):
-        with contextlib.suppress(OSError, SafetensorError):
-            size += path.stat().st_size
-            shelves.add(path.parent)
-            with safe_open(path, framework="numpy") as segment:
-                texts += segment.get_slice("checksums").get_shape()[0]
-    return CacheInfo(store, texts, len(shelves), size, cache_max_bytes())
+    segments = by_age(store.glob("*/*.safetensors"))
+    texts = 0
+    for _, _, path in segments:
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as segment:
+            texts += segment.get_slice("checksums").get_shape()[0]
+    shelves = {path.parent for _, _, path in segments}
+    return CacheInfo(store, texts, len(shelves), sum(size for _, size, _ in segments), cache_max_bytes())
 
 
 def clear_cache() -> int:
-    """Delete every stored feature; returns the bytes freed.
-
-    Raises:
-        DiskError: forbidden.
-    """
+    """Delete every stored feature; returns the bytes freed. A `DiskError` if that is forbidden."""
     info = cache_info()
     with disk_errors(info.folder):
         if info.folder.is_dir():
             with FileLock(info.folder / "lock"):
-                for shelf in info.folder.iterdir():
-                    if shelf.is_dir():
-                        shutil.rmtree(shelf)
+                for shelf in filter(Path.is_dir, info.folder.iterdir()):
+                    shutil.rmtree(shelf)
     return info.bytes

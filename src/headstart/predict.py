@@ -1,19 +1,16 @@
-"""The one place where logits become probabilities and labels: of lists, of streams, of files.
+"""The one place where logits become probabilities and labels (of lists, streams, files); knows nothing of training."""
 
-This room knows a loaded classifier and tables; it knows nothing of training.
-"""
-
-import contextlib
-import gzip
 import hashlib
 import itertools
 import os
 import sys
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from gzip import GzipFile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -24,19 +21,16 @@ from headstart.config import Device, Precision
 from headstart.encoder import choose_placement
 from headstart.engine import side_by_side
 from headstart.errors import DataError, disk_errors
+from headstart.features import whole_file
 from headstart.model import Classifier, load_run
 from headstart.progress import bar
 from headstart.tables import file_format, find_column, parsing, resolve_path, scan
 from headstart.tokens import like_length_batches
 
 CHUNK_ROWS = 2048
-SMALLEST_CHUNK = 64
-"""Fewer texts than this are not worth another thread."""
-
-MOST_REMEMBERED = 50_000
-"""Answers kept, some 300 bytes each, so that a text that comes again is not scored again."""
-
 MOST_TOKENS = 2048
+SMALLEST_CHUNK = 64  # fewer texts than this are not worth another thread
+MOST_REMEMBERED = 50_000  # answers kept, some 300 bytes each, so that a text that comes again is not scored again
 READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1"}
 """Left to itself polars reads a few hundred megabytes of a CSV ahead of a slow reader, which scoring is."""
 
@@ -46,8 +40,7 @@ def probabilities_of(logits: torch.Tensor) -> NDArray[np.float64]:
     return torch.softmax(logits.double(), dim=1).numpy()
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """What was said of n texts: (n, labels) probabilities, and (n,) whether a text lost its end to max_length."""
 
     probabilities: NDArray[np.float64]
@@ -71,10 +64,7 @@ class Predictor:
         return self.score(texts).probabilities
 
     def score(self, texts: Sequence[str], *, progress: str | None = None) -> Scores:
-        """Probabilities of each text; a text that occurs twice, or was scored not long ago, is not scored again.
-
-        `progress` labels a bar.
-        """
+        """Probabilities of each text, scored once if it occurs twice or came not long ago; `progress` labels a bar."""
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         answers = {key: answer for key in keys if (answer := self.remembered.get(key))}
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
@@ -105,63 +95,45 @@ class Predictor:
 
 
 def load(run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> Predictor:
-    """Load a run folder to predict with.
-
-    Raises:
-        RunError: it is not one, or a file in it is missing or damaged.
-    """
+    """Load a run folder to predict with; a `RunError` if it is none, or a file in it is missing or damaged."""
     return Predictor(load_run(run, choose_placement(device, precision)))
 
 
-# --- files
-
-
-@dataclass(frozen=True)
+@dataclass
 class FileSummary:
     """What scoring a file came to: rows written, blank ones among them (they get no label), texts cut."""
 
-    rows: int
-    blank: int
-    cut: int
+    rows: int = 0
+    blank: int = 0
+    cut: int = 0
 
 
-def score_columns(predictor: Predictor, texts: Sequence[str | None]) -> tuple[dict[str, pl.Series], int, int]:
-    """The contract's columns for a list of texts, how many were blank (null in each), and how many were cut."""
-    kept = [i for i, text in enumerate(texts) if text is not None and text.strip()]
-    scores = predictor.score([text for i in kept if (text := texts[i]) is not None])
-    whole = np.full((len(texts), len(predictor.names)), np.nan)
-    whole[kept] = scores.probabilities
-    best = np.array(predictor.names, dtype=object)[scores.probabilities.argmax(axis=1)]
-    labels: list[str | None] = [None] * len(texts)
-    for i, name in zip(kept, best, strict=True):
-        labels[i] = name
-    columns = {
-        "prediction": pl.Series(labels, dtype=pl.String),
-        "confidence": pl.Series(whole.max(axis=1), dtype=pl.Float64),
-        **{f"p_{name}": pl.Series(whole[:, i], dtype=pl.Float64) for i, name in enumerate(predictor.names)},
-    }
-    return (
-        {name: series.fill_nan(None) if series.dtype.is_float() else series for name, series in columns.items()},
-        len(texts) - len(kept),
-        int(scores.cut.sum()),
+def answer_columns(probabilities: NDArray[np.float64], names: Sequence[str]) -> dict[str, pl.Series]:
+    """`prediction`, `confidence` and `p_NAME` for each label, from (n, labels) probabilities."""
+    best = pl.Series([names[i] for i in probabilities.argmax(axis=1)], dtype=pl.String)
+    shares = {f"p_{name}": pl.Series(probabilities[:, i]) for i, name in enumerate(names)}
+    return {"prediction": best, "confidence": pl.Series(probabilities.max(axis=1)), **shares}
+
+
+def score_part(predictor: Predictor, part: pl.DataFrame, column: str) -> tuple[pl.DataFrame, FileSummary]:
+    """A part of a table with the columns of its answers, null where the text is blank, and what it came to."""
+    texts = part[column].cast(pl.String).to_list()
+    kept = {i: place for place, i in enumerate(i for i, text in enumerate(texts) if text and text.strip())}
+    scores = predictor.score([texts[i] for i in kept])
+    rows = pl.Series([kept.get(i) for i in range(len(texts))], dtype=pl.UInt32)
+    added = pl.DataFrame(answer_columns(scores.probabilities, predictor.names)).select(pl.all().gather(rows))
+    return part.with_columns(added.get_columns()), FileSummary(
+        len(texts), len(texts) - len(kept), int(scores.cut.sum())
     )
 
 
 def predict_file(predictor: Predictor, source: str, output: str, text: str | None = None) -> FileSummary:
     """Score a table into a table, chunk by chunk, so that memory does not grow with the file.
 
-    The output keeps the table's columns and adds `prediction`, `confidence` and `p_NAME` for each label. It is
-    written beside its place and renamed when whole.
-
-    Args:
-        predictor: a loaded classifier.
-        source: any table headstart reads.
-        output: any table headstart reads (the ending decides), or `-` for CSV on stdout.
-        text: the text column; None: the one trained on, or else found.
-
-    Raises:
-        DataError: the table cannot be read.
-        DiskError: the output cannot be written.
+    The output, of any format headstart reads (the ending decides) or `-` for CSV on stdout, keeps the table's columns
+    and adds `prediction`, `confidence` and `p_NAME` for each label. It is written beside its place and renamed when
+    whole. `text` is the text column; None: the one trained on, or else found. A `DataError` says why the table cannot
+    be read, a `DiskError` why the output cannot be written.
     """
     path = resolve_path(source)
     frame = scan(path)
@@ -174,107 +146,64 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
         raise DataError(f"{output}: is the input; choose another --output.")
     if ending in (".csv", ".tsv") and (nested := [name for name, dtype in schema.items() if dtype.is_nested()]):
         raise DataError(f"{path}: the column {nested[0]!r} holds lists or records; write .jsonl or .parquet.")
-    totals = {"rows": 0, "blank": 0, "cut": 0}
-
-    def parts() -> Iterator[pl.DataFrame]:
-        with parsing(path), environment(READ_AHEAD):
-            for chunk in frame.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
-                yield from chunk.iter_slices(CHUNK_ROWS)
-
-    def with_scores(part: pl.DataFrame) -> tuple[pl.DataFrame, int, int]:
-        columns, blank, cut = score_columns(predictor, part[column].cast(pl.String).to_list())
-        return part.with_columns(**columns), blank, cut
+    score = partial(score_part, predictor, column=column)
+    summary = FileSummary()
 
     def scored() -> Iterator[pl.DataFrame]:  # this thread reads and writes, others tokenise and compute
         with bar("scoring", None, "texts") as advance:
-            for part, blank, cut in side_by_side(with_scores, parts()):
-                totals["rows"] += part.height
-                totals["blank"] += blank
-                totals["cut"] += cut
-                advance(part.height, "")
+            for part, counts in side_by_side(score, read_parts(frame, path)):
+                summary.rows += counts.rows
+                summary.blank += counts.blank
+                summary.cut += counts.cut
+                advance(counts.rows, "")
                 yield part
 
-    empty = pl.DataFrame(schema=schema).with_columns(**score_columns(predictor, [])[0])
+    empty, _ = score(pl.DataFrame(schema=schema))
     if output == "-":
         write_frames(sys.stdout.buffer, ending, scored(), empty)
-    else:
-        with whole_file(Path(output)) as temporary:
-            if ending == ".parquet":
-                write_parquet(temporary, scored(), empty)
-            else:
-                with open(temporary, "wb") as plain, _maybe_gzip(plain, output) as file:
-                    write_frames(file, ending, scored(), empty)
-    return FileSummary(**totals)
+        return summary
+    with disk_errors(Path(output)), whole_file(Path(output)) as temporary, open(temporary, "wb") as file:
+        packs = output.lower().endswith(".gz") and ending != ".parquet"
+        with GzipFile("", "wb", fileobj=file, mtime=0) if packs else nullcontext(file) as target:
+            write_frames(target, ending, scored(), empty)
+    return summary
 
 
-@contextlib.contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the block; what the person has set stays."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
+def read_parts(frame: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:
+    """The rows of a table, `CHUNK_ROWS` at a time, read ahead as little as the person's environment leaves to us."""
+    added = {name: value for name, value in READ_AHEAD.items() if name not in os.environ}
     os.environ |= added
     try:
-        yield
+        with parsing(path):
+            for chunk in frame.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
+                yield from chunk.iter_slices(CHUNK_ROWS)
     finally:
         for name in added:
             os.environ.pop(name, None)
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it at the end, removed if anything failed."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+def write_frames(file: IO[bytes] | GzipFile, ending: str, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
+    """Write frames, all with the columns of `empty`, one after the other as a table of the format."""
+    if ending == ".parquet":
+        from polars.io.plugins import register_io_source
 
-
-@contextlib.contextmanager
-def _maybe_gzip(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
-    if name.lower().endswith(".gz"):
-        with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed:
-            yield packed  # type: ignore[misc]  # a BinaryIO in all but name
-    else:
-        yield file
-
-
-def write_frames(file: BinaryIO, ending: str, frames: Iterable[pl.DataFrame], empty: pl.DataFrame) -> None:
-    """Write frames, all with the columns of `empty`, one after the other as CSV, TSV, JSON lines or one JSON array."""
-    if ending in (".csv", ".tsv"):
+        whole = register_io_source(lambda *_: frames, schema=empty.schema)  # a plain sink asks for all of it
+        whole.sink_parquet(file)  # type: ignore[arg-type]  # a GzipFile is an IO in all but name
+    elif ending in (".csv", ".tsv"):
         separator = "\t" if ending == ".tsv" else ","
         file.write(empty.write_csv(separator=separator).encode())
-        for frame in frames:
-            file.write(frame.write_csv(separator=separator, include_header=False).encode())
+        file.writelines(frame.write_csv(separator=separator, include_header=False).encode() for frame in frames)
     elif ending == ".json":
-        joint = b"["
-        for frame in frames:
-            file.write(joint + frame.write_json().encode()[1:-1])
-            joint = b","
-        file.write(b"[]" if joint == b"[" else b"]")
+        records = (frame.write_json()[1:-1].encode() for frame in frames)
+        file.write(b"[" + next(records, b""))
+        file.writelines(b"," + some for some in records)
+        file.write(b"]")
     else:
-        for frame in frames:
-            file.write(frame.write_ndjson().encode())
+        file.writelines(frame.write_ndjson().encode() for frame in frames)
     file.flush()
 
 
-def write_parquet(path: Path, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
-    """Write frames into one parquet file, streaming."""
-    from polars.io.plugins import register_io_source
-
-    def source(
-        with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, batch_size: int | None
-    ) -> Iterator[pl.DataFrame]:
-        del with_columns, predicate, n_rows, batch_size  # a plain sink asks for everything
-        yield from frames
-
-    register_io_source(source, schema=empty.schema).sink_parquet(path)
-
-
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One labelled line."""
 
     text: str
@@ -284,10 +213,7 @@ class Answer:
 
 
 def label_lines(predictor: Predictor, lines: Iterable[str], at_once: int = 1) -> Iterator[Answer]:
-    """Label a text a line, of lines without end perhaps; blank ones are passed over.
-
-    `at_once` lines are read before the first is answered: 1 for a person who waits, more for a pipe.
-    """
+    """Label each line that is not blank, `at_once` read before the first is answered: 1 where a person waits."""
     texts = (text for line in lines if (text := line.strip()))
     while chunk := list(itertools.islice(texts, at_once)):
         scores = predictor.score(chunk)

@@ -1,10 +1,8 @@
-"""Numbers to something a person reads: the terminal, JSON, the model card, the length histogram.
-
-This room draws and words; it computes nothing that it shows.
-"""
+"""Numbers to something a person reads, as they are: the terminal, JSON, the model card, the length histogram."""
 
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from headstart.errors import disk_errors, printable
+from headstart.predict import answer_columns
 from headstart.tokens import LengthAdvice
-
-BAR = 40
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -27,14 +24,8 @@ def write_predictions(
     path: Path, texts: Sequence[str], truth: NDArray[np.int64], probabilities: NDArray[np.float64], names: Sequence[str]
 ) -> None:
     """`predictions.csv`: the test rows with their label, prediction, confidence and all probabilities."""
-    columns: dict[str, Any] = {"text": texts, "label": [names[i] for i in truth]}
-    columns["prediction"] = [names[i] for i in probabilities.argmax(axis=1)]
-    columns["confidence"] = probabilities.max(axis=1)
-    columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(names)}
-    pl.DataFrame(columns).write_csv(path, float_precision=6)
-
-
-# --- lengths
+    given = {"text": texts, "label": [names[i] for i in truth]}
+    pl.DataFrame(given | answer_columns(probabilities, names)).write_csv(path, float_precision=6)
 
 
 def histogram(lengths: NDArray[np.int64], bins: int = 16) -> list[str]:
@@ -43,24 +34,26 @@ def histogram(lengths: NDArray[np.int64], bins: int = 16) -> list[str]:
     width = max(1, -(-(top + 1 - lowest) // bins))
     edges = np.arange(lowest, top + width + 1, width)
     counts, _ = np.histogram(np.minimum(lengths, top), edges)
-    tallest = max(1, int(counts.max()))
     lines = []
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         label = f"{low}+" if high == edges[-1] else f"{low}-{high - 1}" if width > 1 else f"{low}"
-        lines.append(f"  {label:>9} {'█' * round(BAR * int(count) / tallest):<{BAR}} {count:,}")
+        lines.append(f"  {label:>9} {'█' * round(40 * count / counts.max()):<40} {count:,}")
     return lines
 
 
 def lengths_text(advice: LengthAdvice) -> str:
     """What `headstart lengths` prints."""
     quantiles = "  ".join(f"{level:.0%} {value:,}" for level, value in advice.quantiles.items())
-    lines = [f"Token lengths of {len(advice.lengths):,} texts (special tokens included)", ""]
-    lines += [*histogram(advice.lengths), "", f"Quantiles   {quantiles}", "", "max_length  texts cut  relative cost"]
+    lines = [
+        f"Token lengths of {len(advice.lengths):,} texts (special tokens included)",
+        "",
+        *histogram(advice.lengths),
+    ]
+    lines += ["", f"Quantiles   {quantiles}", "", "max_length  texts cut  relative cost"]
     for one in advice.candidates:
         mark = "  <- advised" if one.max_length == advice.advised else ""
         lines.append(f"{one.max_length:>10,}  {one.cut:>9.2%}  {one.cost:>13.2f}{mark}")
-    lines += ["", f"Advised: --max-length {advice.advised}, {advice.reason}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Advised: --max-length {advice.advised}, {advice.reason}."])
 
 
 def save_histogram(advice: LengthAdvice, path: Path) -> None:
@@ -80,12 +73,9 @@ def save_histogram(advice: LengthAdvice, path: Path) -> None:
         figure.savefig(path, format="png")
 
 
-# --- a run
-
-
 def summary_text(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> str:
     """The one screen after training, from headstart.json, metrics.json and scikit-learn's report on test."""
-    features, split, timing = metrics["features"], run["split"], metrics["timing"]
+    features, split, timing, test = metrics["features"], run["split"], metrics["timing"], metrics["test"]
     parts = [f"{name} {seconds:.1f}" for name, seconds in timing.items() if name != "total" and seconds >= 0.05]
     lines = [
         f"Data      {printable(run['settings']['data'])}: {split['train']:,} to train, {split['validation']:,} to "
@@ -95,58 +85,45 @@ def summary_text(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str
         f"Features  {features['texts']:,} distinct texts: {features['encoded']:,} encoded, "
         f"{features['reused']:,} from the store ({features['bytes'] / 1e6:,.1f} MB)",
         f"Head      {run['head']['description']}",
-        "",
-        report.rstrip(),
-        "",
-        f"Test      accuracy {metrics['test']['accuracy']:.3f} {_details(metrics['test'])}",
-        *([f"Folds     {folds_text(metrics['folds'])}"] if "folds" in metrics else []),
+        f"\n{report.rstrip()}\n",
+        f"Test      accuracy {test['accuracy']:.3f} {_details(test)}",
+    ]
+    if folds := metrics.get("folds"):
+        low, high = min(folds["accuracy"]), max(folds["accuracy"])
+        mean = f"{folds['mean']:.3f} ± {folds['std']:.3f} over {folds['k']} folds ({low:.3f} to {high:.3f})"
+        lines.append(f"Folds     accuracy {mean}; the head saved was trained on all but the test part")
+    lines += [
         f"Compare   {compare_text(metrics)}",
         f"Time      {timing['total']:.1f} s ({', '.join(parts)})",
-        f"Saved     {run['out']}",
-        f'Next      headstart predict {run["out"]} "your text"',
+        f'Saved     {run["out"]}\nNext      headstart predict {run["out"]} "your text"',
     ]
     return "\n".join(lines)
-
-
-def folds_text(folds: Mapping[str, Any]) -> str:
-    """Cross-validation in words."""
-    low, high = min(folds["accuracy"]), max(folds["accuracy"])
-    return (
-        f"accuracy {folds['mean']:.3f} ± {folds['std']:.3f} over {folds['k']} folds ({low:.3f} to {high:.3f}); the "
-        "head saved was trained on all but the test part"
-    )
 
 
 def compare_text(metrics: Mapping[str, Any]) -> str:
     """The accuracy beside both baselines, and plainly whether it beats them."""
     mine = metrics["test"]["accuracy"]
     majority, tfidf = (metrics["baselines"][name]["accuracy"] for name in ("majority", "tfidf_logreg"))
-    best = max(majority, tfidf)
-    verdict = f"better than both by {100 * (mine - best):.1f} points or more"
-    if mine <= best:
-        name = "TF-IDF + logistic regression" if tfidf >= majority else "the commonest label"
-        verdict = f"{'NOT' if mine < best else 'no'} better than {name}"
+    best, name = max((tfidf, "TF-IDF + logistic regression"), (majority, "the commonest label"), key=itemgetter(0))
+    beaten = f"better than both by {100 * (mine - best):.1f} points or more"
+    verdict = beaten if mine > best else f"{'NOT' if mine < best else 'no'} better than {name}"
     return f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict}"
 
 
 def _details(numbers: Mapping[str, Any]) -> str:
     """What stands behind an accuracy."""
-    low, high = numbers["accuracy_ci95"]
-    return (
-        f"(95% interval {low:.3f} to {high:.3f}), macro F1 {numbers['macro_f1']:.3f}, log loss "
-        f"{numbers['log_loss']:.3f}, calibration error {numbers['ece']:.3f}"
-    )
+    shown = (*numbers["accuracy_ci95"], numbers["macro_f1"], numbers["log_loss"], numbers["ece"])
+    return "(95% interval {:.3f} to {:.3f}), macro F1 {:.3f}, log loss {:.3f}, calibration error {:.3f}".format(*shown)
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:6])
-    return f"{len(names)} labels: {shown}{', …' if len(names) > 6 else ''}"
+    shown = [*map(printable, names[:6]), *(["…"] if len(names) > 6 else [])]
+    return f"{len(names)} labels: {', '.join(shown)}"
 
 
 def evaluation_text(numbers: Mapping[str, Any], report: str) -> str:
     """What `headstart evaluate` prints."""
-    accuracy = f"Accuracy {numbers['accuracy']:.3f} on {numbers['n']:,} texts"
-    return f"{report.rstrip()}\n\n{accuracy} {_details(numbers)}"
+    return f"{report.rstrip()}\n\nAccuracy {numbers['accuracy']:.3f} on {numbers['n']:,} texts {_details(numbers)}"
 
 
 def model_card(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> str:
@@ -155,10 +132,10 @@ def model_card(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) 
     low, high = test["accuracy_ci95"]
     data, name = (printable(Path(place).name) for place in (settings["data"], run["out"]))
     pooled = run["head"]["kind"] == "pooled"
-    remote = ", trust_remote_code=True" if pooled else ""
     remark = (
-        "The head is headstart's own, so transformers asks to run `modeling_headstart.py`, which is in this folder.\n\n"
+        "The head is headstart's own, so transformers asks to run `modeling_headstart.py`, which is in this folder."
     )
+    remark, remote = (f"{remark}\n\n", ", trust_remote_code=True") if pooled else ("", "")
     card = f"""---
 library_name: {"headstart" if pooled else "transformers"}
 pipeline_tag: text-classification
@@ -191,7 +168,7 @@ from transformers import pipeline
 pipeline("text-classification", "."{remote})("your text")
 ```
 
-{remark if pooled else ""}## What it is
+{remark}## What it is
 
 Encoder `{settings["model"]}`; {run["head"]["description"]}. Texts are cut after {run["max_length"]} tokens.
 
