@@ -79,8 +79,8 @@ def peer(script: str, *words: str | Path) -> Numbers:
 
 
 def train(table: Path, out: Path, *words: str | Path, cache: Path) -> Numbers:
-    """Run `headstart train`; the numbers hold its test accuracy and timings too."""
-    numbers = headstart("train", table, "--out", out, "--overwrite", *words, cache=cache)
+    """Run `headstart train` with a frozen encoder; the numbers hold its test accuracy and timings too."""
+    numbers = headstart("train", table, "--out", out, "--overwrite", "--thaw", "0", *words, cache=cache)
     metrics = json.loads((out / "metrics.json").read_text())
     timing = {f"timing_{name}": seconds for name, seconds in metrics["timing"].items()}
     return {**numbers, "accuracy": metrics["test"]["accuracy"], "encoded": metrics["features"]["encoded"], **timing}

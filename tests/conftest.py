@@ -186,7 +186,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, _session
 
     folder = tmp_path_factory.mktemp("runs")
     table = write_csv(folder / "small.csv", SMALL_ROWS)
-    train(settings(str(table), model=str(tiny_bert), out=str(folder / "run"), device="cpu", epochs=20))
+    given: dict[str, Any] = {
+        "model": str(tiny_bert),
+        "out": str(folder / "run"),
+        "device": "cpu",
+        "epochs": 20,
+        "thaw": "0",
+    }
+    train(settings(str(table), **given))
     return folder / "run"
 
 

@@ -11,10 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import polars as pl
 import pytest
 import typer.main
@@ -22,6 +23,8 @@ import typer.main
 from headstart import config
 from headstart.cli import app, main, whole_number
 from headstart.errors import InputError
+from headstart.predict import load as load_predictor
+from tests.conftest import SMALL_ROWS, write_csv
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 Tree = dict[str, bytes | None]
@@ -39,15 +42,22 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
+def frozen(arguments: Sequence[object]) -> list[str]:
+    """The arguments of one command; one that trains is told not to fine-tune unless it says how deep, or needs help."""
+    given = [str(argument) for argument in arguments]
+    speaks = {"-h", "--help", "--thaw", "--config"} & set(given)
+    return given if given[:1] != ["train"] or len(given) == 1 or speaks else [*given, "--thaw", "0"]
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the real command line in this process, in `tmp_path`."""
+    """Run the real command line in this process, in `tmp_path`; the encoder stays frozen unless `--thaw` is given."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object) -> Outcome:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
+            main(frozen(arguments))
         printed = capsys.readouterr()
         return Outcome(ended.value.code, printed.out, printed.err)
 
@@ -56,7 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def start(arguments: list[object], folder: Path, **more: Any) -> "subprocess.Popen[bytes]":
     """Start the real command line in a process of its own."""
-    command = [sys.executable, "-m", "headstart.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "headstart.cli", *frozen(arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])} | more.pop("env", {})
     return subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, **more)
 
@@ -95,7 +105,8 @@ HF_NAMES = {
 }
 NO_HF_NAME = {
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
-    *("--trials", "--folds"),
+    *("--trials", "--folds", "--time-budget", "--dry-run", "--no-store", "--checkpoint-minutes", "--keep-checkpoints"),
+    "--config",
     *("--input", "--output", "--png"),
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
@@ -172,7 +183,7 @@ def test_every_option_says_what_it_does() -> None:
 
 def test_every_option_of_train_is_a_setting() -> None:
     fields = {field.name for field in dataclasses.fields(config.TrainConfig)}
-    assert {setting for command, setting, _, _ in OPTIONS if command == "train"} <= fields
+    assert {setting for command, setting, _, _ in OPTIONS if command == "train"} - {"config", "no_store"} <= fields
 
 
 def test_settings_reach_the_run(run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
@@ -294,7 +305,9 @@ def test_help_ends_with_0_and_goes_to_stdout(run: Run) -> None:
         (["train", "x.csv", "--epochs", "many"], "--epochs"),
         (["train", "x.csv", "--epochs", "0"], "--epochs must be more than 0"),
         (["train", "x.csv", "--max-length", "long"], "--max-length takes auto or a whole number, not 'long'"),
-        (["train", "x.csv", "--thaw", "2"], "--thaw takes 0"),
+        (["train", "x.csv", "--thaw", "two"], "--thaw takes a number of layers, all, auto or 0, not 'two'"),
+        (["train", "x.csv", "--time-budget", "soon"], "--time-budget takes seconds, or a number with s, m or h"),
+        (["train", "x.csv", "--overwrite", "--resume"], "--overwrite starts anew and --resume goes on"),
         (["train", "x.csv", "--recipe", "article", "--head", "native"], "leave out --head native"),
         (["predict", "r", "a text", "--input", "x.csv"], "not both"),
         (["predict", "r", "a text", "--output", "x.csv"], "--output goes with --input"),
@@ -924,10 +937,210 @@ def test_ctrl_c_keeps_tests_and_saves_the_best_so_far(
         out, _ = process.communicate(timeout=60)
         end = read_until("the end")
     assert process.returncode == 130, end
-    assert "Ctrl-C: training ended early; the best head so far was tested and saved." in end
+    assert "Ctrl-C: training ended early; the best so far was tested and saved." in end
     assert "Test      accuracy" in out.decode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "small.csv"]
     info = json.loads((tmp_path / "r" / "headstart.json").read_text())
     assert info["interrupted"] is True
     assert len(info["history"]) >= 1
     assert run("predict", "r", "the film was great").code == 0
+
+
+# --- fine-tuning: killed, resumed, repeated
+
+FINE = ("--thaw", "all", "--epochs", 6, "--batch-size", 8, "--lr", "1e-3", "--device", "cpu", "--precision", "fp32")
+
+LIVES = """
+import json, os, random, signal, sys, threading, time
+from pathlib import Path
+import headstart.run, headstart.thaw, transformers.models.bert.modeling_bert
+from headstart.cli import main
+
+def killed(out, after, number):
+    before = set(out.glob("checkpoint-*/"))
+    while set(out.glob("checkpoint-*/")) <= before:
+        time.sleep(0.001)
+    time.sleep(after)
+    os.kill(os.getpid(), number)
+
+for arguments, after, number in json.loads(sys.argv[1]):
+    process = os.fork()
+    if process == 0:
+        out = Path(arguments[arguments.index("--out") + 1])
+        if number:
+            threading.Thread(target=killed, args=(out, after, number), daemon=True).start()
+        main(arguments)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+def live(folder: Path, *lives: tuple[list[object], float, int]) -> tuple[list[int], str]:
+    """The command once for each life, in processes of their own: how each ended, and all they said on stderr.
+
+    A life ends so many seconds after its first checkpoint, by a signal, unless that is 0. What takes long to import is
+    imported once.
+    """
+    told = json.dumps([([str(one) for one in arguments], after, number) for arguments, after, number in lives])
+    environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])}
+    command = [sys.executable, "-c", LIVES, told]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdecimal()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def fine_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("fine") / "small.csv", SMALL_ROWS)
+
+
+@pytest.fixture(scope="module")
+def fine_run(tiny_bert: Path, fine_table: Path, _session_cache: None) -> Path:
+    """A fine-tuned run that nothing has disturbed. Do not write into it."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(one) for one in fine(fine_table, tiny_bert, fine_table.parent / "fine")])
+    assert ended.value.code in (0, None)
+    return fine_table.parent / "fine"
+
+
+def fine(table: Path, model: Path, out: object) -> list[object]:
+    return ["train", table, "--model", model, "--out", out, *FINE]
+
+
+def same_result(one: Path, other: Path) -> bool:
+    names = ("model.safetensors", "predictions.csv", "config.json")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@posix
+def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_bytes(
+    fine_run: Path, tiny_bert: Path, fine_table: Path, tmp_path: Path
+) -> None:
+    often = [*fine(fine_table, tiny_bert, "r"), "--checkpoint-minutes", "0.0001", "--resume"]
+    moments = np.random.default_rng().uniform(0, 0.12, size=6).tolist()
+    lives = [(often, moment, int(signal.SIGKILL)) for moment in moments]
+    ends, said = live(tmp_path, *lives, (often, 0.0, 0), (often, 0.0, 0))
+    assert set(ends[:6]) <= {-signal.SIGKILL, 0}, (moments, ends, said)
+    assert -signal.SIGKILL in ends[:6], "none of them was killed"
+    assert ends[6:] == [0, 0], (moments, said)
+    assert "Resumed from r/checkpoint-" in said, moments
+    assert said.splitlines()[-1] == "r: is finished; nothing is left to resume."
+    assert same_result(tmp_path / "r", fine_run), moments
+    assert not list((tmp_path / "r").glob("checkpoint*")), "nothing of the checkpoints is left"
+
+
+@posix
+def test_sigterm_ends_with_143_and_an_unfinished_run_is_not_overwritten_by_chance(
+    run: Run, fine_run: Path, tiny_bert: Path, fine_table: Path, tmp_path: Path
+) -> None:
+    arguments = [*fine(fine_table, tiny_bert, "r"), "--checkpoint-minutes", "0.0001"]
+    ends, said = live(tmp_path, (arguments, 0.01, int(signal.SIGTERM)))
+    assert ends == [143]
+    assert said.splitlines()[-1] == (
+        "headstart: SIGTERM: training was ended; a checkpoint was written; --resume goes on from it."
+    )
+    assert "Traceback" not in said
+    assert (tmp_path / "r" / "checkpoint-plan.json").is_file()
+    before = tree(tmp_path / "r")
+    refused = run(*arguments)
+    assert refused.code == 2
+    assert refused.err == (
+        "headstart: r: holds a run that has not ended. Go on with it by --resume, or replace it with --overwrite.\n"
+    )
+    other = run(*arguments, "--resume", "--seed", 5)
+    assert other.code == 2
+    assert "is of a run with other settings, data or versions" in other.err
+    assert tree(tmp_path / "r") == before
+    resumed = run(*arguments, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "Resumed from r/checkpoint-" in resumed.err
+    assert same_result(tmp_path / "r", fine_run)
+    anew = run(*arguments, "--overwrite", "--keep-checkpoints")
+    assert anew.code == 0, anew.err
+    assert "Resumed" not in anew.err
+    assert same_result(tmp_path / "r", fine_run)
+    assert len(list((tmp_path / "r").glob("checkpoint-*/"))) == 2
+    again = run(*arguments, "--resume")
+    assert (again.code, again.out) == (0, "")
+    assert again.err == "r: is finished; nothing is left to resume.\n"
+
+
+def test_a_run_is_repeated_from_its_settings(run: Run, fine_run: Path, fine_table: Path, tmp_path: Path) -> None:
+    again = run("train", fine_table, "--config", fine_run / "headstart.json", "--out", "again")
+    assert again.code == 0, again.err
+    assert same_result(tmp_path / "again", fine_run)
+    other = run("train", fine_table, "--config", fine_run / "headstart.json", "--out", "other", "--seed", 5)
+    assert other.code == 0, other.err
+    info = json.loads((tmp_path / "other" / "headstart.json").read_text())
+    assert (info["settings"]["seed"], info["settings"]["lr"], info["thaw"]["kept"]) == (5, 1e-3, "all")
+    assert not same_result(tmp_path / "other", fine_run)
+
+
+def test_what_a_fine_tuned_run_says_of_itself(fine_run: Path) -> None:
+    info, metrics = (json.loads((fine_run / name).read_text()) for name in ("headstart.json", "metrics.json"))
+    assert (info["thaw"]["depth"], info["thaw"]["kept"], info["thaw"]["reason"]) == ("all", "all", "as asked")
+    assert [stage["name"] for stage in metrics["stages"]] == ["head", "thaw-all"]
+    assert metrics["stages"][1]["epochs"] == len(info["history"])
+    assert info["head"]["kind"] == "native"
+    assert "fine-tuned with all layers and the embeddings" in info["head"]["description"]
+
+
+def test_transformers_pipelines_agree_on_a_fine_tuned_run(run: Run, fine_run: Path) -> None:
+    from transformers import pipeline
+
+    texts = [text for text, _ in SMALL_ROWS[::7]]
+    ended = run("predict", fine_run, *texts, "--precision", "fp32", "--device", "cpu")
+    assert ended.code == 0, ended.err
+    classify = pipeline("text-classification", str(fine_run), device="cpu")
+    for line, one in zip(ended.out.splitlines(), classify(texts), strict=True):
+        label, confidence, _ = line.split("\t")
+        assert label == one["label"]
+        assert float(confidence) == pytest.approx(one["score"], abs=6e-4), "three digits are shown"
+    scored = load_predictor(fine_run, device="cpu", precision="fp32").score(texts).probabilities
+    assert scored.max(axis=1) == pytest.approx([one["score"] for one in classify(texts)], abs=1e-4)
+
+
+def test_a_dry_run_has_a_row_a_depth_and_writes_no_run(
+    run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path
+) -> None:
+    given = ("train", small_table, "--model", tiny_bert, "--thaw", "auto", "--dry-run", "--out", "r", "--device", "cpu")
+    ended = run(*given)
+    assert ended.code == 0, ended.err
+    head, *rows = ended.out.splitlines()
+    assert head.split() == ["--thaw", "predicted", "time", "memory", "disk"]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3", "all"]
+    assert not any("over the budget" in row for row in rows)
+    assert all(
+        "over the budget of 0 s" in row for row in run(*given, "--time-budget", "0.000001s").out.splitlines()[1:]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["small.csv"]
+
+
+def test_auto_thaws_what_fits_and_keeps_it_only_if_it_is_better(
+    run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path
+) -> None:
+    arguments = ("train", small_table, "--model", tiny_bert, "--thaw", "auto", "--device", "cpu")
+    ended = run(*arguments, "--out", "r", "--time-budget", "10m")
+    assert ended.code == 0, ended.err
+    info, metrics = (json.loads((tmp_path / "r" / f"{name}.json").read_text()) for name in ("headstart", "metrics"))
+    assert info["thaw"]["depth"] == "all"
+    assert info["thaw"]["reason"] == "the deepest predicted to fit 600 s"
+    assert [cost["depth"] for cost in info["thaw"]["costs"]] == [1, 2, 3, "all"]
+    head, tuned = metrics["stages"]
+    assert tuned["name"] == "thaw-all"
+    assert "Thaw      all layers and the embeddings: the deepest predicted to fit 600 s" in ended.err
+    kept = metrics["validation"]["accuracy"]
+    assert kept == max(head["validation_accuracy"], tuned["validation_accuracy"])
+    if head["validation_accuracy"] != tuned["validation_accuracy"]:
+        assert (info["thaw"]["kept"] == "all") == (tuned["validation_accuracy"] > head["validation_accuracy"])
+    ended = run(*arguments, "--out", "none", "--time-budget", "0.000001s")
+    assert ended.code == 0, ended.err
+    info = json.loads((tmp_path / "none" / "headstart.json").read_text())
+    assert (info["thaw"]["depth"], info["thaw"]["kept"]) == ("0", "0")
+    assert info["thaw"]["reason"] == "no depth fits the budget"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["none", "r", "small.csv"]
+
+
+def test_more_layers_than_there_are_is_one_sentence(run: Run, tiny_bert: Path, small_table: Path) -> None:
+    ended = run("train", small_table, "--model", tiny_bert, "--thaw", "4")
+    assert ended.code == 2
+    assert ended.err == f"headstart: --thaw 4: {tiny_bert} has 3 layers.\n"

@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from headstart.config import RECIPES, Recipe, TrainConfig, settings
+from headstart.config import RECIPES, Recipe, TrainConfig, from_file, settings
 from headstart.errors import InputError
 
 
 def test_the_contracts_defaults() -> None:
     config = settings("reviews.csv")
     assert config.data == "reviews.csv"
-    assert (config.recipe, config.model, config.seed, config.thaw) == ("headstart", "minilm", 2021, "0")
+    assert (config.recipe, config.model, config.seed, config.thaw) == ("headstart", "minilm", 2021, "auto")
     assert config.class_weight == "balanced"
-    assert config.max_length is None, "read off the lengths"
+    assert (config.max_length, config.epochs) == (None, None), "read off the lengths; of a head and of fine-tuning"
+    assert settings("reviews.csv", recipe="article").thaw == "0"
 
 
 def test_the_article_recipe_is_the_articles() -> None:
@@ -77,7 +79,16 @@ def test_a_config_is_frozen_and_goes_through_json() -> None:
         ({"device": "tpu"}, "--device"),
         ({"precision": "int4"}, "--precision"),
         ({"class_weight": "heavy"}, "--class-weight"),
-        ({"thaw": "2"}, "--thaw"),
+        *(
+            ({"thaw": thaw}, "--thaw takes a number of layers, all, auto or 0")
+            for thaw in ("-1", "x", "", "1.5", "00", "²")
+        ),
+        ({"thaw": "2", "folds": 3}, "--thaw 2 does not go with --folds"),
+        ({"thaw": "auto", "folds": 3}, "--thaw auto does not go with --folds"),
+        ({"thaw": "all", "head": "pooled"}, "--thaw all does not go with --head pooled"),
+        ({"time_budget": 0}, "--time-budget"),
+        ({"checkpoint_minutes": 0}, "--checkpoint-minutes"),
+        ({"overwrite": True, "resume": True}, "--overwrite starts anew and --resume goes on"),
         ({"recipe": "cake"}, "--recipe"),
         ({"recipe": "article", "head": "native"}, "--recipe article"),
     ],
@@ -87,7 +98,13 @@ def test_values_out_of_range_are_refused_by_their_option(given: dict[str, Any], 
         settings("x.csv", **given)
 
 
-@pytest.mark.parametrize("given", [{"epochs": 1}, {"max_length": 4}, {"seed": 0}, {"seed": 2**32 - 1}, {"lr": 1e-9}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"epochs": 1}, {"max_length": 4}, {"seed": 0}, {"seed": 2**32 - 1}, {"lr": 1e-9}),
+        *({"thaw": thaw} for thaw in ("0", "1", "2", "24", "all", "auto")),
+    ],
+)
 def test_values_at_the_edge_are_taken(given: dict[str, Any]) -> None:
     config = settings("x.csv", **given)
     assert {name: getattr(config, name) for name in given} == given
@@ -96,3 +113,34 @@ def test_values_at_the_edge_are_taken(given: dict[str, Any]) -> None:
 def test_an_unknown_setting_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"'epoch'.*epochs"):
         settings("x.csv", epoch=3)
+
+
+@pytest.mark.parametrize("given", [{"folds": 3}, {"head": "pooled"}])
+def test_what_only_a_frozen_encoder_has_turns_fine_tuning_off(given: dict[str, Any]) -> None:
+    assert settings("x.csv", **given).thaw == "0"
+    assert settings("x.csv", **given, thaw="0").thaw == "0"
+
+
+def test_a_number_of_layers_may_be_a_number() -> None:
+    assert settings("x.csv", thaw=2) == settings("x.csv", thaw="2")
+
+
+def test_settings_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('thaw = "2"\nlr = 1e-3\nlabel_names = ["no", "yes"]\nout = "elsewhere"\n')
+    assert from_file(str(tmp_path / "a.toml")) == {"thaw": "2", "lr": 1e-3, "label_names": ("no", "yes")}
+    made_by = settings("x.csv", seed=5, label_names=("no", "yes"), out="r").to_dict()
+    (tmp_path / "r.json").write_text(json.dumps({"settings": made_by, "thaw": {"depth": "2", "kept": "0"}}))
+    found = from_file(str(tmp_path / "r.json"))
+    assert (found["seed"], found["label_names"], found["thaw"]) == (5, ("no", "yes"), "0"), "at the depth that was kept"
+    assert not {"data", "out", "overwrite", "resume", "dry_run"} & set(found)
+    assert settings("y.csv", **found).seed == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.toml", "thaw ="), ("a.json", "{"), ("a.json", "{}"), ("a.json", "[]")]
+)
+def test_a_file_without_settings_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    for path in (tmp_path / name, tmp_path / f"no-{name}"):
+        with pytest.raises(InputError, match="cannot be read as settings"):
+            from_file(str(path))

@@ -117,7 +117,7 @@ print(json.dumps(answers))
 def test_transformers_pipelines_agree_with_headstart(
     tiny_run: Path, tiny_bert: Path, small_table: Path, tmp_path: Path
 ) -> None:
-    given: dict[str, Any] = {"model": str(tiny_bert), "device": "cpu", "epochs": 3, "max_length": 16}
+    given: dict[str, Any] = {"model": str(tiny_bert), "device": "cpu", "epochs": 3, "max_length": 16, "thaw": "0"}
     headstart.train(str(small_table), out=str(tmp_path / "native"), head="native", **given)
     assert not (tmp_path / "native" / "modeling_headstart.py").exists()
     arguments = json.dumps([str(tiny_run), str(tmp_path / "native"), TEXTS])

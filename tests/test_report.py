@@ -35,7 +35,8 @@ def native(tiny_run: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFac
     """A run with the architecture's own head, on the same table."""
     out = tmp_path_factory.mktemp("native") / "my-run"
     table = str(tiny_run.parent / "small.csv")
-    return train(config.settings(table, model=str(tiny_bert), out=str(out), head="native", device="cpu", epochs=1))
+    given: dict[str, Any] = {"model": str(tiny_bert), "out": str(out), "device": "cpu", "epochs": 1, "thaw": "0"}
+    return train(config.settings(table, head="native", **given))
 
 
 def line_of(text: str, word: str) -> str:

@@ -34,8 +34,9 @@ EXACT: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 QUICK: dict[str, Any] = {
     **EXACT,
     **{"head_features": ("mean-2",), "head_width": 0, "lr": 1e-2, "weight_decay": 0.01, "epochs": 4},
+    "thaw": "0",
 }
-"""A head with nothing left to search."""
+"""A head with nothing left to search, on a frozen encoder."""
 
 SEARCHED: dict[str, Any] = {"head_features": None, "head_width": None, "epochs": 3}
 """With `QUICK`: layers and width are searched for, as they are by default."""
@@ -340,7 +341,7 @@ def article_in_plain_torch(folder: Path, parts: list[tuple[list[str], list[int]]
         model.train()
         total = []
         # The order of batches is the one thing taken from headstart.
-        for x, y in FeatureBatches(vectors[0], targets[0], 32, 2021).epoch(epoch):
+        for ((x, y),) in FeatureBatches(vectors[0], targets[0], 32, 2021).epoch(epoch):
             model.zero_grad()
             loss = cross_entropy(model(x), y)
             loss.backward()

@@ -1,6 +1,10 @@
 """The one loop: against a plain transcription of it in torch, and what it keeps, stops at and repeats."""
 
-from collections.abc import Callable, Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -9,9 +13,11 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
+from headstart.checkpoints import Checkpoints
 from headstart.config import ClassWeight
+from headstart.errors import TerminatedError
 from headstart.modeling_headstart import PooledHead
-from headstart.train import Epoch, FeatureBatches, History, Schedule, Validate, class_weights, fit
+from headstart.train import Epoch, FeatureBatches, History, Part, Schedule, Validate, class_weights, fit
 
 SCHEDULE = Schedule(epochs=5, lr=1e-2, weight_decay=0.01)
 
@@ -82,7 +88,7 @@ def test_each_epoch_sees_each_row_once_in_an_order_of_seed_and_epoch() -> None:
 
     def order(seed: int, epoch: int) -> list[int]:
         batches = FeatureBatches(values, labels, 8, seed)
-        parts = list(batches.epoch(epoch))
+        parts = [part for (part,) in batches.epoch(epoch)]
         assert len(parts) == len(batches) == 7
         assert [len(part[1]) for part in parts] == [8] * 6 + [2]
         for x, y in parts:
@@ -128,7 +134,7 @@ def test_it_is_the_plain_transcription_step_by_step(dropout: float) -> None:
     for epoch in range(4):
         plain.train()
         total = 0.0
-        batches = list(FeatureBatches(values, labels, 16, 1).epoch(epoch))
+        batches = [part for (part,) in FeatureBatches(values, labels, 16, 1).epoch(epoch)]
         for x, y in batches:
             plain.zero_grad()
             loss = cross_entropy(plain(x), y)
@@ -262,7 +268,7 @@ def test_a_caller_may_stop_it() -> None:
 class InterruptedBatches(FeatureBatches):
     """Ctrl-C in the middle of the fourth epoch."""
 
-    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
         for place, batch in enumerate(super().epoch(number)):
             if (number, place) == (3, 4):
                 raise KeyboardInterrupt
@@ -317,3 +323,244 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 def test_it_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     train(new_model())
     assert capfd.readouterr() == ("", "")
+
+
+# --- fine-tuning's schedule
+
+
+def test_without_warmup_the_learning_rate_is_constant() -> None:
+    assert {SCHEDULE.lr_at(step, 50) for step in range(50)} == {SCHEDULE.lr}
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 40), (0.1, 9), (0.5, 7), (0.0, 5), (0.1, 1)])
+def test_the_learning_rate_rises_then_falls_to_nothing(warmup: float, steps: int) -> None:
+    schedule = Schedule(epochs=1, lr=2.0, weight_decay=0.0, warmup=warmup)
+    rates = [schedule.lr_at(step, steps) for step in range(steps)]
+    rising = int(np.ceil(warmup * steps))
+    for step, rate in enumerate(rates):
+        if step < rising:
+            assert rate == pytest.approx(2.0 * (step + 1) / rising)
+        else:
+            assert rate == pytest.approx(2.0 * (steps - step) / (steps - rising))
+    assert max(rates) == 2.0
+    assert min(rates) > 0, "no step is wasted"
+    assert schedule.lr_at(steps, steps) == 0
+
+
+def given_to_adamw(schedule: Schedule, model: nn.Module) -> list[dict[str, Any]]:
+    """Each step's rate, and the decay of each parameter by its name."""
+    seen: list[dict[str, Any]] = []
+    original = torch.optim.AdamW.step
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        decay = {names[id(p)]: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        (rate,) = {group["lr"] for group in self.param_groups}
+        seen.append({"lr": rate, "decay": decay})
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        train(model, schedule)
+    return seen
+
+
+def test_with_warmup_every_step_has_its_rate_and_only_matrices_decay() -> None:
+    schedule = Schedule(epochs=3, lr=1e-2, weight_decay=0.3, warmup=0.25)
+    steps = given_to_adamw(schedule, new_model())
+    assert [step["lr"] for step in steps] == [schedule.lr_at(step, 24) for step in range(24)]
+    assert steps[0]["decay"] == {
+        **{"layers.0.weight": 0.3, "layers.0.bias": 0.0, "layers.3.weight": 0.3, "layers.3.bias": 0.0}
+    }
+    steps = given_to_adamw(replace(schedule, warmup=None), new_model())
+    assert set(steps[0]["decay"].values()) == {0.3}
+    assert {step["lr"] for step in steps} == {1e-2}
+
+
+@pytest.mark.parametrize(("keep", "best"), [("lowest loss", 2), ("most accurate", 3), ("last", 4)])
+def test_which_epoch_is_kept(keep: Any, best: int) -> None:
+    answers = iter([(3.0, 0.6), (2.5, 0.9), (1.0, 0.5), (2.0, 0.9), (4.0, 0.1)])
+    seen: list[bytes] = []
+
+    def validate(model: nn.Module) -> tuple[float, float]:
+        seen.append(state_bytes(model))
+        return next(answers)
+
+    model = new_model()
+    history = fit(model, FeatureBatches(*separable(), 16, 1), validate, replace(SCHEDULE, keep=keep), torch.ones(2))
+    assert history.best == best
+    assert state_bytes(model) == seen[best]
+
+
+def test_it_stops_at_the_deadline_with_an_epoch_cut_short() -> None:
+    seen: list[int] = []
+
+    class Counted(FeatureBatches):
+        def epoch(self, number: int) -> Iterator[Sequence[Part]]:
+            for batch in super().epoch(number):
+                seen.append(number)
+                yield batch
+
+    history = fit(
+        new_model(), Counted(*separable(), 16, 1), told([1.0], []), replace(SCHEDULE, deadline=0.0), torch.ones(2)
+    )
+    assert seen == [0]
+    assert len(history.epochs) == 1, "it was validated, so there is something to keep"
+
+
+# --- parts of a batch
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Parts are computed side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class InParts(FeatureBatches):
+    """Each batch cut into parts, not all as large."""
+
+    parts: int = 1
+
+    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
+        for ((values, labels),) in super().epoch(number):
+            pieces = [slice(part, None, self.parts) for part in range(self.parts)]
+            yield [(values[piece], labels[piece]) for piece in pieces if len(labels[piece])]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 16])
+def test_parts_have_the_gradient_of_the_whole_batch(
+    parts: int, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, labels = separable(118)  # the last batch is smaller, and is cut too
+    weights = class_weights(labels.numpy(), 2, "balanced")
+    found: dict[int, list[torch.Tensor]] = {1: [], parts: []}
+    original = nn.utils.clip_grad_norm_
+
+    for number, gradients in found.items():
+
+        def note(parameters: Sequence[nn.Parameter], *rest: Any, into: Any = gradients, **more: Any) -> object:
+            into.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
+            return original(parameters, *rest, **more)
+
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", note)
+        batches = InParts(values, labels, 16, 1, number)
+        schedule = Schedule(epochs=1, lr=1e-3, weight_decay=0.0)
+        history = fit(new_model(dropout=0.0), batches, scorer(values, labels, weights), schedule, weights)
+        found[number].append(torch.tensor([history.epochs[0].train_loss]))
+    assert len(found[1]) == len(found[parts]) == 9
+    torch.testing.assert_close(found[parts][0], found[1][0], rtol=0, atol=1e-6)
+    for one, other in zip(found[parts], found[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_in_which_parts_are_ready_does_not_matter(two_threads: None) -> None:
+    states = []
+    for _ in range(3):
+        model = new_model(dropout=0.0)
+        values, labels = separable()
+        fit(model, InParts(values, labels, 16, 1, 4), scorer(values, labels, torch.ones(2)), SCHEDULE, torch.ones(2))
+        states.append(state_bytes(model))
+    assert len(set(states)) == 1
+
+
+# --- stopped and resumed
+
+TUNED = Schedule(epochs=4, lr=1e-2, weight_decay=0.1, patience=3, keep="most accurate", warmup=0.1)
+
+
+class StoppedError(Exception):
+    """Stands for the death of the process."""
+
+
+@dataclass(frozen=True)
+class Stopping(FeatureBatches):
+    """Dies, or is sent SIGTERM, when a batch is asked for."""
+
+    at: tuple[int, int] = (0, 0)
+    by: str = "SIGTERM"
+
+    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
+        for place, batch in enumerate(super().epoch(number)):
+            if (number, place) == self.at:
+                if self.by != "SIGTERM":
+                    raise StoppedError
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+def tune(batches: FeatureBatches, checkpoints: Checkpoints | None = None, schedule: Schedule = TUNED) -> Any:
+    """The bytes and the history of a model with a frozen layer, that has no dropout, as fine-tuned ones have none."""
+    model = new_model(dropout=0.0, width=8)
+    model.layers[0].bias.requires_grad_(requires_grad=False)
+    validate = scorer(*separable(60, seed=9), torch.ones(2))
+    history = fit(model, batches, validate, schedule, torch.ones(2), checkpoints=checkpoints)
+    numbers = [(epoch.train_loss, epoch.validation_loss, epoch.validation_accuracy) for epoch in history.epochs]
+    return state_bytes(model), numbers, history.best
+
+
+@pytest.mark.parametrize(
+    ("by", "at"),
+    [
+        *(("SIGTERM", at) for at in ((0, 0), (0, 3), (1, 0), (2, 5), (3, 7))),
+        *(("death", at) for at in ((0, 0), (2, 5))),
+    ],
+)
+def test_resumed_training_ends_in_the_same_bytes(at: tuple[int, int], by: str, tmp_path: Path) -> None:
+    values, labels = separable()
+    expected = tune(FeatureBatches(values, labels, 16, 1))
+    minutes = 1e9 if by == "SIGTERM" else 1e-9
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises((TerminatedError, StoppedError)) as ended:
+        tune(Stopping(values, labels, 16, 1, at, by), Checkpoints(tmp_path, "key", minutes))
+    assert signal.getsignal(signal.SIGTERM) == before
+    done = 8 * at[0] + at[1] + (by == "SIGTERM")  # the step that was asked for is taken first
+    written = sorted(
+        (int(path.name.removeprefix("checkpoint-")) for path in tmp_path.glob("checkpoint-*")), reverse=True
+    )
+    assert written[:1] == ([done] if done else [])
+    if isinstance(ended.value, TerminatedError):
+        assert ended.value.exit_code == 143
+        assert "--resume goes on from it" in str(ended.value)
+    again = Checkpoints(tmp_path, "key", minutes)
+    assert tune(FeatureBatches(values, labels, 16, 1), again) == expected
+    assert len(again.remarks) == (done > 0)
+
+
+def test_a_run_stopped_over_and_over_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    values, labels = separable()
+    expected = tune(FeatureBatches(values, labels, 16, 1))
+    for at in ((0, 2), (0, 6), (1, 1), (1, 7), (3, 0)):
+        with pytest.raises(TerminatedError):
+            tune(Stopping(values, labels, 16, 1, at), Checkpoints(tmp_path, "key", 1e9))
+    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, "key", 1e9)) == expected
+
+
+def test_patience_that_had_run_out_has_still_run_out_when_resumed(tmp_path: Path) -> None:
+    values, labels = separable()
+    schedule = replace(TUNED, epochs=9, patience=1, lr=1e-12)  # nothing gets better
+    expected = tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, "key", 1e9), schedule)
+    assert len(expected[1]) < 9
+    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, "key", 1e9), schedule) == expected
+
+
+def test_sigterm_without_checkpoints_says_that_nothing_was_kept() -> None:
+    with pytest.raises(TerminatedError, match="nothing was kept"):
+        tune(Stopping(*separable(), 16, 1, (1, 2)))
+
+
+def test_sigterm_while_validating_is_heeded_after_the_epoch(tmp_path: Path) -> None:
+    def validate(model: nn.Module) -> tuple[float, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    batches = FeatureBatches(*separable(), 16, 1)
+    with pytest.raises(TerminatedError):
+        fit(new_model(), batches, validate, SCHEDULE, torch.ones(2), checkpoints=Checkpoints(tmp_path, "key", 1e9))
+    found = Checkpoints(tmp_path, "key", 1.0).newest()
+    assert found is not None
+    assert (found[1]["epoch"], found[1]["done"], len(found[1]["records"])) == (1, 0, 1)

@@ -17,15 +17,10 @@ __all__ = ["load", "train"]
 
 
 def train(data: str, *, out: str | None = None, **settings: Any) -> "Run":
-    """Train a classifier on a table, test it, and write its run folder.
+    """Train a classifier on a table, test it, and write its run folder: `out`, or runs/NAME.
 
-    Args:
-        data: a path, an hf://datasets address, or `sample`.
-        out: the run folder; None: runs/NAME.
-        settings: fields of `headstart.config.TrainConfig`, `recipe` among them.
-
-    Raises:
-        headstart.errors.InputError: something given cannot be used; the message says how to mend it.
+    `data` is a path, an hf://datasets address, or `sample`; `settings` are fields of `headstart.config.TrainConfig`,
+    `recipe` among them. What cannot be used is a `headstart.errors.InputError` that says how to mend it.
     """
     from headstart import config, run
 
@@ -33,11 +28,7 @@ def train(data: str, *, out: str | None = None, **settings: Any) -> "Run":
 
 
 def load(run: "str | Path") -> "Predictor":
-    """Load a run folder to predict with: `load("my-run").predict(["a text"])`.
-
-    Raises:
-        headstart.errors.RunError: it is not one, or a file in it is missing or damaged.
-    """
+    """Load a run folder: `load("run").predict(["a text"])`; a `headstart.errors.RunError` if it is none or damaged."""
     from headstart import predict
 
     return predict.load(run)

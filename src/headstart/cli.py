@@ -4,6 +4,7 @@ Results go to stdout, progress and remarks to stderr. This room knows the other 
 """
 
 import io
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,112 +14,103 @@ from typing import Annotated, Any, Literal
 import typer
 
 from headstart.config import ClassWeight, Device, HeadKind, Precision, Recipe
-from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, disk_errno, printable
+from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, count_of, disk_errno, printable
 
-app = typer.Typer(
-    name="headstart",
-    help="Your own labelled text in, a tested BERT classifier out.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        # Each long option may be written with underscores, as Hugging Face's scripts do.
-        "token_normalize_func": lambda name: name.replace("_", "-"),
-    },
-)
-cache = typer.Typer(help="What headstart keeps between runs.", no_args_is_help=True, rich_markup_mode=None)
+# Each long option may be written with underscores, as Hugging Face's scripts do.
+CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
+ABOUT = "Your own labelled text in, a tested BERT classifier out."
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(name="headstart", help=ABOUT, add_completion=False, context_settings=CONTEXT, **PLAIN)
+cache = typer.Typer(help="What headstart keeps between runs.", **PLAIN)
 app.add_typer(cache, name="cache")
 
+
+def opt(names: str, text: str) -> Any:
+    """An option of these names, the contract's first and Hugging Face's second, then what its value is shown as."""
+    spellings = [name for name in names.split() if name.startswith("--")]
+    return typer.Option(*spellings, metavar=" ".join(names.split()[len(spellings) :]) or None, help=text)
+
+
+Words = str | None
+Whole = int | None
+Number = float | None
+Flag = bool | None
 DataArgument = Annotated[
     str, typer.Argument(metavar="DATA", help="A .csv, .tsv, .jsonl, .json or .parquet table (also .gz), or: sample.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, as headstart train makes.")]
-TextOption = Annotated[
-    str | None, typer.Option("--text", "--text-column-name", metavar="COL", help="The column with the text.")
-]
-LabelOption = Annotated[
-    str | None, typer.Option("--label", "--label-column-name", metavar="COL", help="The column with the label.")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", "--model-name-or-path", metavar="MODEL", help="minilm (embedded), a Hub id, or a folder."),
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
-PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of the frozen encoder.")]
+TextOption = Annotated[Words, opt("--text --text-column-name COL", "The column with the text.")]
+LabelOption = Annotated[Words, opt("--label --label-column-name COL", "The column with the label.")]
+ModelOption = Annotated[Words, opt("--model --model-name-or-path MODEL", "minilm (embedded), a Hub id, or a folder.")]
+DeviceOption = Annotated[Device, opt("--device", "Where to compute.")]
+PrecisionOption = Annotated[Precision, opt("--precision", "Number format of the encoder.")]
 
 
 @app.command()
 def train(
     data: DataArgument,
-    validation: Annotated[
-        str | None, typer.Option("--validation", "--validation-file", metavar="FILE", help="A table to choose on.")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option("--test", "--test-file", metavar="FILE", help="A table to test on, once.")
-    ] = None,
+    validation: Annotated[Words, opt("--validation --validation-file FILE", "A table to choose on.")] = None,
+    test: Annotated[Words, opt("--test --test-file FILE", "A table to test on, once.")] = None,
     text: TextOption = None,
     label: LabelOption = None,
-    label_names: Annotated[
-        str | None, typer.Option("--label-names", metavar="A,B,…", help="Names to show, in label order.")
-    ] = None,
+    label_names: Annotated[Words, opt("--label-names A,B,…", "Names to show, in label order.")] = None,
     model: ModelOption = None,
-    recipe: Annotated[Recipe, typer.Option("--recipe", help="The set of defaults to start from.")] = "headstart",
-    thaw: Annotated[str, typer.Option("--thaw", metavar="0", help="Encoder layers to train; 0: none.")] = "0",
-    head: Annotated[HeadKind | None, typer.Option("--head", help="pooled, or the architecture's own.")] = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", metavar="N", help="Heads that optuna tries, on stored features.")
-    ] = None,
-    folds: Annotated[
-        int | None, typer.Option("--folds", metavar="K", help="Cross-validate, then train the head on all but test.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", "--num-train-epochs", metavar="N", help="Most epochs.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "--per-device-train-batch-size", metavar="N", help="Texts a training step."),
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option("--lr", "--learning-rate", metavar="X", help="AdamW's learning rate.")
-    ] = None,
-    max_length: Annotated[
-        str | None, typer.Option("--max-length", "--max-seq-length", metavar="auto|N", help="Tokens kept of a text.")
-    ] = None,
-    class_weight: Annotated[
-        ClassWeight | None, typer.Option("--class-weight", help="How classes count in the loss.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Decides split, weights, order (2021).")
-    ] = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    out: Annotated[
-        str | None, typer.Option("--out", "--output-dir", metavar="DIR", help="The run folder (runs/NAME).")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", "--overwrite-output-dir", help="Replace a run folder that is there.")
-    ] = False,
+    recipe: Annotated[Recipe | None, opt("--recipe", "The set of defaults to start from.")] = None,
+    thaw: Annotated[Words, opt("--thaw 0|K|all|auto", "Top layers to fine-tune; auto: what the budget allows.")] = None,
+    time_budget: Annotated[Words, opt("--time-budget 10m", "What --thaw auto may spend on it: 90s, 10m, 1h.")] = None,
+    dry_run: Annotated[Flag, opt("--dry-run", "Say what each depth would cost, and stop.")] = None,
+    no_store: Annotated[bool, opt("--no-store", "Do not keep the frozen layers' hidden states.")] = False,
+    head: Annotated[HeadKind | None, opt("--head", "pooled, or the architecture's own.")] = None,
+    trials: Annotated[Whole, opt("--trials N", "Heads that optuna tries, on stored features.")] = None,
+    folds: Annotated[Whole, opt("--folds K", "Cross-validate, then train the head on all but test.")] = None,
+    epochs: Annotated[Whole, opt("--epochs --num-train-epochs N", "Most epochs.")] = None,
+    batch_size: Annotated[Whole, opt("--batch-size --per-device-train-batch-size N", "Texts a training step.")] = None,
+    lr: Annotated[Number, opt("--lr --learning-rate X", "AdamW's learning rate.")] = None,
+    max_length: Annotated[Words, opt("--max-length --max-seq-length auto|N", "Tokens kept of a text.")] = None,
+    class_weight: Annotated[ClassWeight | None, opt("--class-weight", "How classes count in the loss.")] = None,
+    seed: Annotated[Whole, opt("--seed N", "Decides split, weights, order (2021).")] = None,
+    device: Annotated[Device | None, opt("--device", "Where to compute.")] = None,
+    precision: Annotated[Precision | None, opt("--precision", "Number format of the encoder.")] = None,
+    out: Annotated[Words, opt("--out --output-dir DIR", "The run folder (runs/NAME).")] = None,
+    overwrite: Annotated[Flag, opt("--overwrite --overwrite-output-dir", "Replace a run folder that is there.")] = None,
+    resume: Annotated[Flag, opt("--resume --resume-from-checkpoint", "Go on from the newest whole checkpoint.")] = None,
+    checkpoint_minutes: Annotated[Number, opt("--checkpoint-minutes N", "Between two of them (10).")] = None,
+    keep_checkpoints: Annotated[Flag, opt("--keep-checkpoints", "Leave the last ones in the run folder.")] = None,
+    config: Annotated[Words, opt("--config FILE", "Settings from a .toml, or RUN/headstart.json to repeat it.")] = None,
 ) -> None:
     """Train a classifier on DATA, test it once, and write a run folder."""
-    given = {name: value for name, value in locals().items() if name not in ("data", "recipe")}
+    given = dict(locals())  # each parameter is a setting, but for these three
+    del given["data"], given["config"], given["no_store"]
+    from headstart.config import from_file
+
     given["label_names"] = tuple(label_names.split(",")) if label_names is not None else None
     given["max_length"] = whole_number("--max-length", max_length, "auto")
-    train_and_print(data, recipe, given)
+    given["time_budget"] = seconds_in(time_budget) if time_budget is not None else None
+    given["store"] = False if no_store else None
+    settings = from_file(config) if config is not None else {}
+    train_and_print(data, settings | {name: value for name, value in given.items() if value is not None})
 
 
-def train_and_print(data: str, recipe: Recipe, given: dict[str, Any]) -> None:
+def train_and_print(data: str, given: dict[str, Any]) -> None:
     """Train, print the one screen, and end with 130 if Ctrl-C cut it short."""
+    import psutil
+
     from headstart import run
     from headstart.config import settings
 
-    result = run.train(settings(data, recipe, **given), started=process_started())
-    for notice in result.notices:
-        note(notice)
+    config = settings(data, **given)
+    if config.dry_run:
+        say(run.costs(config))
+        return
+    if config.resume and run.is_finished(run.out_folder(config)):
+        note(f"{run.out_folder(config)}: is finished; nothing is left to resume.")
+        return
+    started = float(psutil.Process().create_time())  # so that imports count in the total
+    result = run.train(config, started=started, announce=note)
+    note(*result.notices)
     say(result.summary())
     if result.interrupted:
-        raise StoppedEarlyError("Ctrl-C: training ended early; the best head so far was tested and saved.")
+        raise StoppedEarlyError("Ctrl-C: training ended early; the best so far was tested and saved.")
 
 
 @app.command()
@@ -135,8 +127,7 @@ def evaluate(
     from headstart.run import evaluate as evaluate_on
 
     result = evaluate_on(predict.load(run, device=device, precision=precision), data, text, label)
-    for notice in result.notices:
-        note(notice)
+    note(*result.notices)
     say(report.evaluation_text(result.numbers, result.report))
 
 
@@ -144,12 +135,8 @@ def evaluate(
 def predict_command(
     run: RunArgument,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to label.")] = None,
-    source: Annotated[
-        str | None, typer.Option("--input", metavar="FILE|-", help="A table, or - for a text a line on stdin.")
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE|-", help="Where the table goes; - is stdout, as CSV.")
-    ] = None,
+    source: Annotated[Words, opt("--input FILE|-", "A table, or - for a text a line on stdin.")] = None,
+    output: Annotated[Words, opt("--output FILE|-", "Where the table goes; - is stdout, as CSV.")] = None,
     text: TextOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -165,17 +152,14 @@ def predict_command(
 
     predictor = predict.load(run, device=device, precision=precision)
     if source is not None and source != "-":
-        summary = predict.predict_file(predictor, source, output or "-", text)
-        note(f"{summary.rows:,} rows labelled" + (f" in {output}." if output not in (None, "-") else "."))
-        if summary.blank:
-            note(f"{summary.blank:,} of them have an empty text and got no label.")
-        cut = summary.cut
+        rows, blank, cut = predict.predict_file(predictor, source, output or "-", text)
+        note(f"{rows:,} rows labelled" + (f" in {output}." if output not in (None, "-") else "."))
+        if blank:
+            note(f"{blank:,} of them have an empty text and got no label.")
     else:
         cut = print_labels(predictor, texts)
     if cut:
-        note(
-            f"{cut:,} texts were cut to max_length ({predictor.classifier.max_length} tokens): their ends went unread."
-        )
+        note(f"{cut:,} texts were cut to max_length ({predictor.classifier.max_length} tokens): the ends went unread.")
 
 
 def print_labels(predictor: Any, texts: list[str] | None) -> int:
@@ -183,9 +167,8 @@ def print_labels(predictor: Any, texts: list[str] | None) -> int:
     from headstart.predict import label_lines
 
     lines = texts if texts else (line.decode("utf-8", "replace") for line in sys.stdin.buffer)
-    at_once = 1 if sys.stdin.isatty() else 1024
     cut = 0
-    for answer in label_lines(predictor, lines, at_once):
+    for answer in label_lines(predictor, lines, at_once=1 if sys.stdin.isatty() else 1024):
         say(f"{answer.label}\t{answer.confidence:.3f}\t{answer.text}".replace("\n", " "))
         cut += answer.cut
     return cut
@@ -196,20 +179,15 @@ def lengths(
     data: DataArgument,
     model: ModelOption = None,
     text: TextOption = None,
-    png: Annotated[
-        str | None, typer.Option("--png", metavar="FILE", help="The histogram as a picture (NAME-lengths.png).")
-    ] = None,
+    png: Annotated[Words, opt("--png FILE", "The histogram as a picture (NAME-lengths.png).")] = None,
 ) -> None:
     """Token lengths of DATA and the max_length they suggest, with what each candidate would cut and cost."""
-    from headstart import report
-    from headstart.run import default_name
-    from headstart.run import lengths as lengths_of
+    from headstart import report, run
 
-    advice = lengths_of(data, model or "minilm", text)
-    picture = Path(png or f"{default_name(data)}-lengths.png")
+    advice = run.lengths(data, model or "minilm", text)
+    picture = Path(png or f"{run.default_name(data)}-lengths.png")
     report.save_histogram(advice, picture)
-    say(report.lengths_text(advice))
-    say(f"Histogram: {picture}")
+    say(f"{report.lengths_text(advice)}\nHistogram: {picture}")
 
 
 @cache.command("info")
@@ -219,7 +197,7 @@ def cache_info() -> None:
 
     found = info()
     say(f"Folder    {found.folder}")
-    say(f"Features  {found.texts:,} texts from {found.shelves} encoder{'' if found.shelves == 1 else 's'}")
+    say(f"Features  {found.texts:,} texts from {count_of(found.shelves, 'encoder')}")
     say(f"Size      {found.bytes / 1e6:,.1f} MB of at most {found.max_bytes / 1e6:,.0f} MB")
 
 
@@ -231,32 +209,21 @@ def cache_clear() -> None:
     say(f"Freed {clear_cache() / 1e6:,.1f} MB.")
 
 
-DEMO_TEXTS = (
-    "A lovely little hotel, and we will be back.",
-    "Great camera, but the battery dies by noon.",
-    "The update deleted my notes and nobody at support has answered.",
-)
-
-
 @app.command()
-def demo(
-    out: Annotated[str, typer.Option("--out", "--output-dir", metavar="DIR", help="The run folder.")] = "runs/demo",
-) -> None:
+def demo(out: Annotated[str, opt("--out --output-dir DIR", "The run folder.")] = "runs/demo") -> None:
     """Train on the sample set, test, and label three sentences; no network is needed."""
+    complaint = "The update deleted my notes and nobody at support has answered."
+    texts = ["A lovely little hotel, and we will be back.", "Great camera, but the battery dies by noon.", complaint]
     say("$ headstart train sample")
-    train_and_print("sample", "headstart", {"out": out, "overwrite": True})
+    train_and_print("sample", {"out": out, "overwrite": True})
     say(f'\n$ headstart predict {out} "…" "…" "…"')
     from headstart import predict
 
-    print_labels(predict.load(out), list(DEMO_TEXTS))
+    print_labels(predict.load(out), texts)
 
 
 def whole_number(option: str, value: str | None, word: Literal["auto"]) -> int | Literal["auto"] | None:
-    """The value of an option that takes a whole number or a word; None where it was not given.
-
-    Raises:
-        InputError: neither.
-    """
+    """The value of an option that takes a whole number or a word, or else an `InputError`; None if not given."""
     if value is None or value == word:
         return word if value else None
     if not value.isdecimal():
@@ -264,22 +231,23 @@ def whole_number(option: str, value: str | None, word: Literal["auto"]) -> int |
     return int(value)
 
 
-def process_started() -> float:
-    """`time.time()` when this process began, so that imports count in the total."""
-    import psutil
-
-    return float(psutil.Process().create_time())
+def seconds_in(duration: str) -> float:
+    """`90s`, `10m`, `1h` or `90` in seconds; an `InputError` if it is none of these."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration)
+    if not found:
+        raise InputError(f"--time-budget takes seconds, or a number with s, m or h, not {duration!r}.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def say(text: str) -> None:
     """Print a result on stdout, a line at a time; what a table holds cannot drive the terminal."""
-    for line in text.split("\n"):
-        typer.echo(printable(line))
+    typer.echo("\n".join(map(printable, text.split("\n"))))
 
 
-def note(message: str) -> None:
-    """Say something on stderr."""
-    typer.echo(printable(message), err=True)
+def note(*messages: str) -> None:
+    """Say something on stderr, a line each."""
+    for message in messages:
+        typer.echo(printable(message), err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -294,8 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             note("headstart: interrupted; nothing was kept.")
         raise
     except HeadstartError as error:
-        for line in str(error).splitlines():
-            note(f"headstart: {line}")
+        note(*(f"headstart: {line}" for line in str(error).splitlines()))
         sys.exit(error.exit_code)
     except Exception as error:
         if disk_errno(error) in FULL:  # of stdout, say; files that headstart writes have their own sentence

@@ -1,10 +1,7 @@
-"""Frames to a checked `Dataset`: labels and their order, blank and repeated rows, and the splits.
-
-This room knows texts, labels, rows and parts. It knows nothing of file formats, tokens or models.
-"""
+"""Frames to a checked `Dataset`: labels and their order, blank and repeated rows, and the splits. No file formats."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,17 +21,13 @@ WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 
 @dataclass(frozen=True)
 class Dataset:
-    """n labelled texts in file order, none blank.
-
-    `labels` are (n,) indexes into `names`, the labels in label order; `rows` are (n,) row numbers as a spreadsheet
-    counts them. `notices` say what was found and mended, one sentence each; `columns` held texts and labels.
-    """
+    """n labelled texts in file order, none blank."""
 
     texts: list[str]
-    labels: Indexes
-    names: tuple[str, ...]
-    rows: Indexes
-    notices: tuple[str, ...] = ()
+    labels: Indexes  # (n,), into `names`
+    names: tuple[str, ...]  # in label order
+    rows: Indexes  # (n,), as a spreadsheet counts them
+    notices: tuple[str, ...] = ()  # what was found and mended, one sentence each
     columns: tuple[str, ...] = ("sentence", "label")
     source: str = "the table"
 
@@ -62,8 +55,7 @@ def label_texts(column: pl.Series, known: Sequence[str] = ()) -> list[str]:
     Numbers lose `.0` and leading zeros where all labels are whole numbers; where `known` are the labels that there
     may be, a label loses them if it is known only so.
     """
-    if column.dtype.is_float():
-        column = column.fill_nan(None)
+    column = column.fill_nan(None) if column.dtype.is_float() else column
     written = column.cast(pl.String).str.strip_chars().fill_null("").to_list()
     present = set(written) - {""}
     plain = {label: str(int(label.split(".")[0])) for label in present if WHOLE_NUMBER.fullmatch(label)}
@@ -95,9 +87,8 @@ def load(
 ) -> Dataset:
     """Read and check a table of labelled texts: a path, an hf:// address, or `sample`; columns not named are found.
 
-    `known` are the labels that there may be, in label order, when another table has decided them; or several ways to
-    name them, of which the whole table uses one. The first that fits is taken, the last names them. A `DataError` has
-    every problem found in the table; fewer than `least_rows` usable rows are one.
+    `known` are the ways to name the labels, when another table has decided them: the whole table uses one. The first
+    that fits is taken, the last names them. A `DataError` has every problem found, such as less than `least_rows`.
     """
     path = resolve_path(source)
     table, columns = read_columns(path, text=text, label=label)
@@ -122,26 +113,29 @@ def load(
         if len(names) == 1:
             problems.append(f"{path}: every row has the label {shown(names[0])}; at least two labels are needed.")
         elif len(names) > max(2, len(texts) // 2):
-            problems.append(
-                f"{path}: the column {columns[1]!r} has {len(names):,} different values in {len(texts):,} rows, "
-                f"so it is no label. Choose the label's column with --label COLUMN."
-            )
+            many = f"the column {columns[1]!r} has {len(names):,} different values in {len(texts):,} rows"
+            problems.append(f"{path}: {many}, so it is no label. Choose the label's column with --label COLUMN.")
     places = [{name: i for i, name in enumerate(names)} for names in known]
     strange = [set(reading) - place.keys() for reading, place in zip(readings, places, strict=True)]
     best = min(range(len(known)), key=lambda i: len(strange[i]))
+    trained_on = ", ".join(known[best])
     for one in sorted(strange[best]):
         where = name_rows([row for row, label in zip(rows.tolist(), readings[best], strict=True) if label == one])
-        trained_on = ", ".join(known[best])
         problems.append(f"{path}: the label {shown(one)} ({where}) is not one of those trained on: {trained_on}.")
     if problems:
         raise DataError(problems)
     fitting = [[places[i][label] for label in readings[i]] for i in range(len(known)) if not strange[i]]
     if any(other != fitting[0] for other in fitting):
-        notices.append(
-            f"{path}: its labels are read as those trained on ({', '.join(known[best])}), not as the names shown for "
-            f"them ({', '.join(known[-1])})."
-        )
-    notices += _duplicates(path, texts, readings[best])
+        not_so = f"not as the names shown for them ({', '.join(known[-1])})"
+        notices.append(f"{path}: its labels are read as those trained on ({trained_on}), {not_so}.")
+    found: dict[str, set[str]] = {}
+    for one, written in zip(texts, readings[best], strict=True):
+        found.setdefault(text_key(one), set()).add(written)
+    if repeats := len(texts) - len(found):
+        notices.append(f"{path}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text.")
+    if conflicts := [key for key, different in found.items() if len(different) > 1]:
+        stand = f"{count_of(len(conflicts), 'text')} stand{'s' if len(conflicts) == 1 else ''} there"
+        notices.append(f"{path}: {stand} with different labels (for example {shown(conflicts[0], 60)}).")
     return Dataset(texts, np.array(fitting[0]), tuple(known[-1]), rows, tuple(notices), columns, path)
 
 
@@ -155,26 +149,14 @@ def load_texts(source: str, text: str | None = None) -> list[str]:
     return texts
 
 
-def _duplicates(source: str, texts: list[str], labels: list[str]) -> Iterator[str]:
-    found: dict[str, set[str]] = {}
-    for text, label in zip(texts, labels, strict=True):
-        found.setdefault(text_key(text), set()).add(label)
-    if repeats := len(texts) - len(found):
-        yield f"{source}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text."
-    if conflicts := [key for key, different in found.items() if len(different) > 1]:
-        stand = f"{len(conflicts):,} text{'s stand' if len(conflicts) != 1 else ' stands'} there with different labels"
-        yield f"{source}: {stand} (for example {shown(conflicts[0], 60)})."
-
-
 def split(
     dataset: Dataset, validation: Dataset | None, test: Dataset | None, *, seed: int, duplicates: Duplicates
 ) -> Splits:
     """Train, validation and test parts: 70:15:15 as the article does it, or the tables given.
 
-    Without tables, scikit-learn's `train_test_split` is called twice, stratified: 30% off with `random_state=seed`, and
-    that halved with the same seed. With one table given, 15 of the remaining 85 parts become the other.
-    `duplicates="together"` moves all copies of a text to one part afterwards, to training if one is there. A class with
-    too few rows to be in each part is a `DataError`.
+    Without tables, scikit-learn's stratified `train_test_split` takes 30% off and halves that, with the same seed. With
+    one table given, 15 of the remaining 85 parts become the other. `duplicates="together"` moves all copies of a text
+    to one part afterwards, to training if one is there.
     """
     given = {name: table for name, table in (("validation", validation), ("test", test)) if table is not None}
     rest = np.arange(len(dataset))
@@ -186,12 +168,17 @@ def split(
         missing = "test" if "validation" in given else "validation"
         parts["train"], parts[missing] = _cut(dataset, rest, round(len(rest) * 15 / 85), seed)
     notices = [notice for table in (dataset, *given.values()) for notice in table.notices]
-    if duplicates == "together" and (moved := _gather_duplicates(dataset, parts)):
+    rows = np.concatenate(list(parts.values()))
+    old = np.repeat(list(parts), [len(part) for part in parts.values()])
+    home: dict[str, str] = {}  # of each text, the first part that has it
+    new = np.array([home.setdefault(text_key(dataset.texts[i]), part) for i, part in zip(rows, old, strict=True)])
+    if duplicates == "together" and (moved := int((new != old).sum())):
         notices.append(f"{count_of(moved, 'row')} moved so that copies of a text share one part.")
+        parts = {name: rows[new == name] for name in parts}
         for name, part in parts.items():
             if not len(part):
                 raise DataError(f"{dataset.source}: too many rows repeat another's text: nothing is left for {name}.")
-            if lost := _absent(dataset, part):
+            if lost := sorted(set(range(len(dataset.names))) - set(dataset.labels[part].tolist())):
                 names = ", ".join(shown(dataset.names[i]) for i in lost[:6])
                 notices.append(f"After that, no row in the {name} part has the label {names}.")
     tables = {name: dataset.take(part) for name, part in parts.items()} | given
@@ -208,7 +195,7 @@ def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Inde
 
     try:
         kept, off = train_test_split(rows, random_state=seed, test_size=share, stratify=dataset.labels[rows])
-        if _absent(dataset, kept) or _absent(dataset, off):
+        if any(len(np.unique(dataset.labels[side])) < len(dataset.names) for side in (kept, off)):
             raise ValueError("a label is not on both sides")
     except ValueError as error:
         counts = np.bincount(dataset.labels, minlength=len(dataset.names))
@@ -220,18 +207,3 @@ def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Inde
             f"{more}. Merge it with another label, add rows, or give files with --validation and --test."
         ) from error
     return kept, off
-
-
-def _absent(dataset: Dataset, part: Indexes) -> list[int]:
-    """The labels that no row of a part has."""
-    return np.setdiff1d(np.arange(len(dataset.names)), dataset.labels[part]).tolist()
-
-
-def _gather_duplicates(dataset: Dataset, parts: dict[str, Indexes]) -> int:
-    """Move copies of a text to the first part that has one; returns how many rows moved."""
-    home: dict[str, str] = {}
-    rows = np.concatenate(list(parts.values()))
-    old = np.repeat(list(parts), [len(part) for part in parts.values()])
-    new = np.array([home.setdefault(text_key(dataset.texts[i]), name) for i, name in zip(rows, old, strict=True)])
-    parts |= {name: rows[new == name] for name in parts}
-    return int((new != old).sum())

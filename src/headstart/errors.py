@@ -62,6 +62,12 @@ class StoppedEarlyError(HeadstartError):
     exit_code = 130
 
 
+class TerminatedError(HeadstartError):
+    """SIGTERM ended the work; the message says what was kept."""
+
+    exit_code = 143
+
+
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
     """Turn the disk's refusals inside the block into a `DiskError` about `path`."""

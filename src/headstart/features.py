@@ -2,9 +2,8 @@
 
 A *shelf* is a folder for one encoder and layout; it holds immutable *segments*, each a safetensors file of keys
 (16 bytes a text), vectors (half precision) and a checksum a row. A segment is written beside its place, synced and
-renamed, so readers see none that is torn, and need no lock. A text's key is a hash of its truncated token ids, which
-covers the tokenizer and max_length; a run with another max_length reuses what neither cuts. All else that changes the
-answer is in the shelf's name.
+renamed, so readers need no lock. A text's key is a hash of its truncated token ids, which covers the tokenizer and
+max_length (what another one does not cut is reused); all else that changes the answer is in the shelf's name.
 """
 
 import contextlib
@@ -36,6 +35,7 @@ from headstart.errors import InputError, count_of, disk_errors
 from headstart.progress import bar
 from headstart.tokens import Tokens
 
+Keys = NDArray[np.void]
 FORMAT = "1"
 KEY_BYTES = 16
 READ_ROWS = 1024
@@ -56,7 +56,7 @@ def cache_max_bytes() -> int:
     return int(given)
 
 
-def text_keys(tokens: Tokens) -> NDArray[np.void]:
+def text_keys(tokens: Tokens) -> Keys:
     """(n,) keys of 16 bytes, one a text: BLAKE2b of its token ids."""
     digests = [hashlib.blake2b(tokens[i].tobytes(), digest_size=KEY_BYTES).digest() for i in range(len(tokens))]
     return np.frombuffer(b"".join(digests), dtype=f"V{KEY_BYTES}")
@@ -64,19 +64,14 @@ def text_keys(tokens: Tokens) -> NDArray[np.void]:
 
 @dataclass(frozen=True)
 class Features:
-    """The frozen encoder's output for n texts, and what it cost.
+    """The frozen encoder's output for n texts, and what it cost."""
 
-    `distinct` is (texts, vectors, hidden) in half precision, one entry a distinct text, memory-mapped where it is
-    large; text i has the vectors `distinct[rows[i]]`, and `layout` says what each vector is. Of the distinct texts, so
-    many were `encoded` now and so many `reused` from the store. `warnings` has a sentence for each damage found.
-    """
-
-    distinct: NDArray[np.float16]
-    rows: NDArray[np.int64]
-    layout: tuple[str, ...]
-    encoded: int
-    reused: int
-    warnings: tuple[str, ...] = ()
+    distinct: NDArray[np.float16]  # (texts, vectors, hidden), an entry a distinct text; memory-mapped where large
+    rows: NDArray[np.int64]  # text i has the vectors `distinct[rows[i]]`
+    layout: tuple[str, ...]  # names the vectors
+    encoded: int  # how many of the distinct texts were computed now
+    reused: int  # and how many came from the store
+    warnings: tuple[str, ...] = ()  # a sentence for each damage found
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,14 +95,13 @@ class Features:
 
     def cost(self) -> dict[str, int]:
         """As `metrics.json` has it: distinct texts, how many were encoded and reused, and their bytes."""
-        sizes = {"texts": len(self.distinct), "bytes": self.distinct.nbytes}
-        return {**sizes, "encoded": self.encoded, "reused": self.reused}
+        texts, size = len(self.distinct), self.distinct.nbytes
+        return {"texts": texts, "bytes": size, "encoded": self.encoded, "reused": self.reused}
 
 
 def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) -> NDArray[Any]:
     """An empty array in memory; where that would take much, on a nameless file (a `DiskError` if that has no room)."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size < IN_MEMORY_SHARE * psutil.virtual_memory().available:
+    if math.prod(shape) * np.dtype(dtype).itemsize < IN_MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, dtype)
     with disk_errors(folder := cache_folder()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,77 +113,74 @@ class Shelf:
     """Stored vectors of one encoder and layout, (vectors, hidden) a text, in one folder; `warnings` tells of damage."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
-        self.folder = folder
-        self.shape = shape
+        self.folder, self.shape = folder, shape
         self.warnings: list[str] = []
 
-    def lookup(self, keys: NDArray[np.void], into: NDArray[np.float16]) -> NDArray[np.bool_]:
+    def lookup(self, keys: Keys, into: NDArray[np.float16]) -> NDArray[np.bool_]:
         """Copy what is stored under `keys` into the rows of `into`; (n,) whether each was found, not so if damaged."""
         found = np.zeros(len(keys), dtype=bool)
         for _, _, path in reversed(by_age(self.folder.glob("*.safetensors"))):
-            if found.all():
-                break
             try:
-                self._copy_from(path, keys, into, found)
+                damage = "" if found.all() else self._copy_from(path, keys, into, found)
             except FileNotFoundError:
                 continue  # evicted by another process between listing and opening
             except (SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
-                self._damaged(path, f"cannot be read ({error})")
+                damage = f"cannot be read ({error})"
+            if damage:
+                self.warnings.append(f"The feature store's file {path} {damage}; those texts are encoded again.")
+                with contextlib.suppress(OSError):
+                    path.unlink()
         return found
 
-    def _copy_from(
-        self, path: Path, keys: NDArray[np.void], into: NDArray[np.float16], found: NDArray[np.bool_]
-    ) -> None:
+    def _copy_from(self, path: Path, keys: Keys, into: NDArray[np.float16], found: NDArray[np.bool_]) -> str:
+        """Copy what a segment has of the texts not yet found; returns what is amiss with it, or nothing."""
         with safe_open(path, framework="numpy") as segment:
             stored = np.ascontiguousarray(segment.get_tensor("keys"))
             stored_keys = stored.view(f"V{KEY_BYTES}").ravel()
-            order = np.argsort(stored_keys)
-            missing = np.flatnonzero(~found)
+            order, missing = np.argsort(stored_keys), np.flatnonzero(~found)
             place = np.searchsorted(stored_keys, keys[missing], sorter=order)
             rows = order[np.minimum(place, len(order) - 1)]  # a segment is never empty
             here = stored_keys[rows] == keys[missing]
-            if not here.any():
-                return
+            targets, rows = missing[here], rows[here]
+            if not len(rows):
+                return ""
             sums, values = segment.get_tensor("checksums"), segment.get_tensor("values")
         if values.shape[1:] != self.shape or len(stored) != len(values) or len(sums) != len(values):
             raise ValueError("its shape is not the shelf's")
-        targets, rows = missing[here], rows[here]
-        whole = np.array([row_checksum(stored[row], values[row]) == sums[row] for row in rows], dtype=bool)
+        whole = checksums(stored[rows], values[rows]) == sums[rows]
         into[targets[whole]] = values[rows[whole]]
         found[targets[whole]] = True
-        if whole.all():
-            with contextlib.suppress(OSError):  # a read-only cache still serves
-                os.utime(path)
-        else:
-            self._damaged(path, f"has {count_of(int((~whole).sum()), 'damaged row')}")
+        with contextlib.suppress(OSError):  # a read-only cache still serves
+            os.utime(path)
+        return "" if whole.all() else f"has {count_of(int((~whole).sum()), 'damaged row')}"
 
-    def _damaged(self, path: Path, what: str) -> None:
-        self.warnings.append(f"The feature store's file {path} {what}; those texts are encoded again.")
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-    def append(self, keys: NDArray[np.void], values: NDArray[np.float16]) -> None:
+    def append(self, keys: Keys, values: NDArray[np.float16]) -> None:
         """Write a segment: synced, then renamed, under the store's lock; then evict. A `DiskError` if it cannot be."""
         flat = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        sums = np.array([row_checksum(k, v) for k, v in zip(flat, values, strict=True)], dtype=np.uint32)
-        data = save({"keys": flat, "checksums": sums, "values": np.ascontiguousarray(values)})
+        data = save({"keys": flat, "checksums": checksums(flat, values), "values": np.ascontiguousarray(values)})
         store = self.folder.parent
         with disk_errors(store):
             store.mkdir(parents=True, exist_ok=True)
             with FileLock(store / "lock"):
-                for orphan in store.glob("*/*.tmp"):  # left by a killed writer: a living one would hold the lock
+                for orphan in store.glob("*/.*.safetensors.*.tmp"):  # of a killed writer: a living one holds the lock
                     orphan.unlink(missing_ok=True)
                 with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as part, open(part, "wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 sync_folder(self.folder)
-                _evict(store)
+                segments = by_age([*store.glob("*/*.safetensors"), *store.glob("*/*.npy")])
+                excess = sum(size for _, size, _ in segments) - cache_max_bytes()
+                for _, size, path in segments:
+                    if excess > 0:
+                        path.unlink(missing_ok=True)
+                        excess -= size
 
 
-def row_checksum(key: NDArray[np.uint8], value: NDArray[np.float16]) -> int:
-    """CRC-32 of a row's key and vectors."""
-    return zlib.crc32(value.tobytes(), zlib.crc32(key.tobytes()))
+def checksums(keys: NDArray[np.uint8], values: NDArray[np.float16]) -> NDArray[np.uint32]:
+    """(n,) CRC-32 of each row's key and vectors."""
+    sums = [zlib.crc32(value.tobytes(), zlib.crc32(key.tobytes())) for key, value in zip(keys, values, strict=True)]
+    return np.array(sums, dtype=np.uint32)
 
 
 @contextlib.contextmanager
@@ -223,16 +214,6 @@ def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
-def _evict(store: Path) -> None:
-    """Delete the segments used longest ago until the store is within its cap."""
-    segments = by_age(store.glob("*/*.safetensors"))
-    excess = sum(size for _, size, _ in segments) - cache_max_bytes()
-    for _, size, path in segments:
-        if excess > 0:
-            path.unlink(missing_ok=True)
-            excess -= size
-
-
 def shelf_for(encoder: Encoder, layout: Sequence[str]) -> Shelf:
     """The shelf of an encoder and layout; its name holds everything but the text that changes a vector."""
     name = hashlib.sha256(json.dumps([FORMAT, encoder.fingerprint, list(layout)]).encode()).hexdigest()[:32]
@@ -250,19 +231,16 @@ def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
     keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
     values = roomy((len(keys), *shelf.shape), np.float16)
     missing = np.flatnonzero(~shelf.lookup(keys, values))
-    left, unsaved = len(missing), np.zeros(0, dtype=np.int64)
-    if left:
-        with bar("encoding", left, "texts") as advance:
-            for index, fresh in encode(encoder, tokens.take(first[missing]), layout):
-                values[missing[index]] = fresh
-                unsaved = np.append(unsaved, missing[index])
-                left -= len(index)
-                advance(len(index), "")
-                if left == 0 or values[0].nbytes * len(unsaved) >= SEGMENT_BYTES:
-                    shelf.append(keys[unsaved], values[unsaved])
-                    unsaved = unsaved[:0]
-    reused = len(keys) - len(missing)
-    return Features(values, where.ravel(), layout, len(missing), reused, tuple(shelf.warnings))
+    left, unsaved = len(missing), missing[:0]
+    with bar("encoding" if left else None, left, "texts") as advance:
+        for index, fresh in encode(encoder, tokens.take(first[missing]), layout) if left else ():
+            values[missing[index]] = fresh
+            unsaved, left = np.append(unsaved, missing[index]), left - len(index)
+            advance(len(index), "")
+            if left == 0 or values[0].nbytes * len(unsaved) >= SEGMENT_BYTES:
+                shelf.append(keys[unsaved], values[unsaved])
+                unsaved = unsaved[:0]
+    return Features(values, where.ravel(), layout, len(missing), len(keys) - len(missing), tuple(shelf.warnings))
 
 
 class CacheInfo(NamedTuple):
@@ -279,12 +257,11 @@ def cache_info() -> CacheInfo:
     """Count what the store holds; files that cannot be read count as bytes only."""
     store = cache_folder() / "features"
     segments = by_age(store.glob("*/*.safetensors"))
-    texts = 0
+    texts, size = 0, sum(size for _, size, _ in [*segments, *by_age(store.glob("*/*.npy"))])  # hidden states, too
     for _, _, path in segments:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as segment:
             texts += segment.get_slice("checksums").get_shape()[0]
-    shelves = {path.parent for _, _, path in segments}
-    return CacheInfo(store, texts, len(shelves), sum(size for _, size, _ in segments), cache_max_bytes())
+    return CacheInfo(store, texts, len({path.parent for _, _, path in segments}), size, cache_max_bytes())
 
 
 def clear_cache() -> int:

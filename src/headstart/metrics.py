@@ -14,19 +14,15 @@ Labels = NDArray[np.int64]
 
 
 def evaluate(probabilities: NDArray[np.float64], truth: Labels, names: Sequence[str]) -> dict[str, Any]:
-    """All numbers of one part of the data, as `metrics.json` has them.
-
-    `probabilities` are (n, labels) and rows sum to 1, `truth` is (n,) label indexes, `names` are in label order.
-    """
+    """The numbers of `metrics.json`, from (n, labels) probabilities, (n,) true label indexes, names in label order."""
     from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
-    classes = range(len(names))
-    predicted = probabilities.argmax(axis=1)
+    classes, predicted = range(len(names)), probabilities.argmax(axis=1)
     correct = int((predicted == truth).sum())
-    scores = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
-    columns = (column.tolist() for column in scores)
+    columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     heads = ("precision", "recall", "f1", "support")
-    per_label = {name: dict(zip(heads, row, strict=True)) for name, *row in zip(names, *columns, strict=True)}
+    per_label = {name: dict(zip(heads, row, strict=True)) for name, row in zip(names, rows, strict=True)}
     return {
         "n": len(truth),
         "accuracy": correct / len(truth),

@@ -12,9 +12,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
-from headstart.engine import NativeScorer, PooledHead, PooledScorer, pooled_output, supports
-from headstart.errors import ModelError, RunError, disk_errors
+from headstart.engine import NATIVE_HEADS, NativeScorer, PooledHead, PooledScorer, pooled_output, supports
+from headstart.errors import ModelError, RunError, count_of, disk_errors
 from headstart.features import Features, sync_folder
-from headstart.tokens import Tokenizer
+from headstart.tokens import Tokenizer, Tokens
 
 SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
 """Families that stay themselves without their upper layers. ModernBERT ends in a norm; ALBERT's layers are one."""
@@ -72,14 +72,12 @@ class PooledModel:
 
 
 def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Sequence[str]) -> PooledModel:
-    """Put an encoder and a trained pooled head together.
+    """An encoder and a trained pooled head, as `HeadstartForSequenceClassification` would save them.
 
-    They are put down as `HeadstartForSequenceClassification` would save them, without loading that class: it brings
-    transformers' models, which take seconds.
+    That class is not loaded, since it brings transformers' models, which take seconds.
     """
     features = ["cls" if name == "pooler" and not encoder.has_pooler else name for name in spec.features]
-    shape = config_dict(encoder.config)
-    highest = encoder.layers
+    shape, highest = config_dict(encoder.config), encoder.layers
     if encoder.config.model_type in SHORTENED and not {"cls", "pooler"} & set(features):
         highest = max(1, *(int(name.removeprefix("mean-")) for name in features))
         shape["n_layers" if "n_layers" in shape else "num_hidden_layers"] = highest
@@ -91,13 +89,12 @@ def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Seque
 
     tensors = {f"encoder.{name}": tensor for name, tensor in encoder.weights.items() if is_read(name)}
     tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    architecture = "HeadstartForSequenceClassification"
+    classes = {"AutoConfig": "HeadstartConfig", "AutoModelForSequenceClassification": architecture}
     config = {
         "model_type": "headstart",
-        "architectures": ["HeadstartForSequenceClassification"],
-        "auto_map": {
-            "AutoConfig": "modeling_headstart.HeadstartConfig",
-            "AutoModelForSequenceClassification": "modeling_headstart.HeadstartForSequenceClassification",
-        },
+        "architectures": [architecture],
+        "auto_map": {auto: f"modeling_headstart.{name}" for auto, name in classes.items()},
         "dtype": "float32",
         "encoder": shape,
         "head_features": features,
@@ -109,42 +106,27 @@ def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Seque
     return PooledModel(config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
-class StoredBody(nn.Module):
-    """Stands in for the encoder of a `...ForSequenceClassification` model: is given stored output, has its pooler."""
-
-    def __init__(self, body: Any) -> None:
-        super().__init__()
-        self.pooler = getattr(body, "pooler", None)
-        self.pooler_activation = getattr(body, "pooler_activation", None)
-
-    def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """(batch, hidden) stored vectors to a sequence of one token."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        from headstart.modeling_headstart import pooler_output
-
-        pooled = None if self.pooler is None else pooler_output(self, input_ids)
-        return BaseModelOutputWithPooling(last_hidden_state=input_ids.unsqueeze(1), pooler_output=pooled)
-
-
 class NativeHead(nn.Module):
-    """A `...ForSequenceClassification` model whose body is set aside until `whole` puts it back."""
+    """A `...ForSequenceClassification` model that is given what its body would have said."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.prefix = model.base_model_prefix
-        self.body = [getattr(model, self.prefix)]  # in a list, so that it is no submodule and is not trained
-        setattr(model, self.prefix, StoredBody(self.body[0]))
         self.model = model
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(batch, hidden) stored features to (batch, labels) logits."""
-        return self.model(input_ids=features).logits
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    def whole(self) -> Any:
-        """The transformers model with its body back, in eval mode."""
-        setattr(self.model, self.prefix, self.body[0])
-        return self.model.eval()
+        from headstart.modeling_headstart import pooler_output
+
+        body = self.model.base_model
+        pooled = None if getattr(body, "pooler", None) is None else pooler_output(body, features)
+        said = BaseModelOutputWithPooling(last_hidden_state=features.unsqueeze(1), pooler_output=pooled)
+        body.forward = lambda *_, **__: said
+        try:
+            return self.model(input_ids=features).logits
+        finally:
+            del body.forward
 
 
 def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
@@ -167,6 +149,75 @@ def native_model(encoder: Encoder, names: Sequence[str], seed: int) -> Any:
     return model
 
 
+Depth = int | Literal["all"]  # how many of the top layers are trained; `all`: every layer, and the embeddings too
+
+
+def check_depth(encoder: Encoder, depth: Depth) -> None:
+    """Refuse, by a `ModelError`, a depth to which an encoder cannot be thawed."""
+    if depth != "all" and not supports(config_dict(encoder.config)):
+        families = ", ".join(NATIVE_HEADS)
+        raise ModelError(f"--thaw {depth}: only {families} thaw layer by layer; use --thaw 0 or all here.")
+    if depth != "all" and depth > encoder.layers:
+        raise ModelError(f"--thaw {depth}: {encoder.source} has {count_of(encoder.layers, 'layer')}.")
+
+
+class ThawedModel(nn.Module):
+    """A `...ForSequenceClassification` model whose top `depth` layers and head are trained, in place.
+
+    The engine computes it anew each step from the weights as they are, in the encoder's precision; families it does not
+    know are computed by transformers, and can be thawed only as a whole. With `all`, word embeddings are cut down
+    to the rows that `used`, (m,) sorted token ids, asks for: the others get no gradient and no decay, so AdamW would
+    leave them as they are. `whole` puts them back.
+    """
+
+    def __init__(self, encoder: Encoder, model: Any, depth: Depth, used: NDArray[np.int64]) -> None:
+        super().__init__()
+        self.config, self.placement, self.model = config_dict(encoder.config), encoder.placement, model
+        self.start = 0 if depth == "all" else encoder.layers - depth
+        self.uses_engine = supports(self.config)
+        check_depth(encoder, depth)
+        layer = re.compile(r"\.layer\.(\d+)\.")
+        for name, parameter in model.named_parameters():
+            found = layer.search(name)
+            above = int(found[1]) >= self.start if found else "embeddings" not in name
+            parameter.requires_grad_(depth == "all" or above)
+        self.used = used if depth == "all" and self.uses_engine and self.config["model_type"] != "roberta" else None
+        if self.used is not None:
+            words = model.get_input_embeddings()
+            self.all_words = [words.weight.data]  # in a list, so that it does not move or train
+            words.weight = nn.Parameter(words.weight.data[torch.from_numpy(self.used)])
+        model.to(self.placement.device)
+
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """(batch, labels) logits of token ids, or of the hidden states below the thawed layers, and their mask."""
+        x, mask = (one.to(self.placement.device) for one in inputs)
+        if not self.uses_engine:
+            self.model.eval()  # no dropout, as in the engine: a run that is resumed needs no generator's state
+            half = self.placement.precision != "fp32"
+            with torch.autocast(x.device.type, self.placement.dtype, enabled=half):
+                return self.model(input_ids=x, attention_mask=mask).logits.float()
+        live = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        scorer = NativeScorer(self.config, live, self.placement.device, self.placement.dtype, self.start)
+        if x.is_floating_point():
+            return scorer.onward(x.to(self.placement.dtype), mask)
+        return scorer(x, mask)
+
+    def ids(self, tokens: Tokens) -> Tokens:
+        """Token ids as this model counts them."""
+        known = tokens.ids if self.used is None else np.searchsorted(self.used, tokens.ids)
+        return replace(tokens, ids=known.astype(np.int32))
+
+    def whole(self) -> Any:
+        """The transformers model, on the CPU and in eval mode, with all its embeddings."""
+        if self.used is not None:
+            words = self.model.get_input_embeddings()
+            everything = self.all_words[0].clone()
+            everything[torch.from_numpy(self.used)] = words.weight.data.cpu()
+            words.weight = nn.Parameter(everything)
+            self.used = None
+        return self.model.cpu().eval()
+
+
 def native_feature(encoder: Encoder) -> str:
     """Which stored feature the architecture's own head reads."""
     mean = getattr(encoder.config, "classifier_pooling", "cls") == "mean"
@@ -182,20 +233,14 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-# --- the run folder
-
-
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier, as a run folder holds it: `names` are in label order, a text is cut to `max_length` tokens.
-
-    `info` is headstart.json, empty for a model that headstart did not train.
-    """
+    """A trained classifier, as a run folder holds it; `info` is headstart.json, empty if headstart did not train it."""
 
     model: Any
     tokenizer: Tokenizer
-    names: tuple[str, ...]
-    max_length: int
+    names: tuple[str, ...]  # in label order
+    max_length: int  # what a text is cut to, in tokens
     info: dict[str, Any]
 
     def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> torch.Tensor:
@@ -206,19 +251,29 @@ class Classifier:
         return (found if isinstance(found, torch.Tensor) else found.logits).float().cpu()
 
 
-def check_out(out: Path, *, overwrite: bool) -> None:
+PLAN = "checkpoint-plan.json"  # in a folder while its run is being fine-tuned: how deep
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a folder holds a run that was ended while it was being fine-tuned."""
+    return (out / PLAN).is_file()
+
+
+def check_out(out: Path, *, overwrite: bool, resume: bool = False) -> None:
     """Refuse an output folder that cannot or must not be written, before any work is done."""
     with disk_errors(out):
         if out.is_file():
             raise RunError(f"{out}: is a file; --out takes a folder.")
-        if out.is_dir() and any(out.iterdir()):
+        unfinished = is_unfinished(out)
+        if out.is_dir() and any(out.iterdir()) and not (resume and unfinished):
             if not overwrite:
-                raise RunError(f"{out}: is not empty. Choose another --out, or replace it with --overwrite.")
-            if not (out / "headstart.json").is_file():
+                going_on = "holds a run that has not ended. Go on with it by --resume"
+                what = going_on if unfinished else "is not empty. Choose another --out"
+                raise RunError(f"{out}: {what}, or replace it with --overwrite.")
+            if not (out / "headstart.json").is_file() and not unfinished:
                 raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
-        place = out.absolute().parent
-        while not place.exists():  # its missing folders are made when there is something to put into them
-            place = place.parent
+        # Its missing folders are made when there is something to put into them.
+        place = next(folder for folder in out.absolute().parents if folder.exists())
         probe = _beside(place / out.name, "tmp")
         probe.mkdir()
         probe.rmdir()
@@ -228,29 +283,25 @@ def check_out(out: Path, *, overwrite: bool) -> None:
 def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill beside `out`; at the end it is synced and renamed to `out`, or removed if anything failed.
 
-    Without `overwrite` nothing makes way: if something has come to be at `out`, a `RunError` says which name the folder
-    has got instead.
+    Without `overwrite` nothing makes way: a `RunError` then says which other name the folder has got instead.
     """
     with disk_errors(out):
         place = out.resolve()  # a link stays one
-        temporary = _beside(place, "tmp")
+        temporary, replaced = _beside(place, "tmp"), _beside(place, "old")
         try:
             temporary.mkdir(parents=True)
             yield temporary
             _settle(temporary)
-            replaced = _beside(place, "old")
             if overwrite and place.is_dir():
                 place.rename(replaced)
             kept = _rename(temporary, place)
             sync_folder(place.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     if kept != place:
-        raise RunError(
-            f"{out}: something has come to be there since this run began, so it was left alone. "
-            f"This run's result is kept in {kept}."
-        )
+        why = "something has come to be there since this run began, so it was left alone"
+        raise RunError(f"{out}: {why}. This run's result is kept in {kept}.")
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -259,15 +310,14 @@ def _beside(path: Path, kind: str) -> Path:
 
 def _settle(folder: Path) -> None:
     """Give files the usual mode (safetensors writes for the owner alone), and wait until the disk has everything."""
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
+    os.umask(mask := os.umask(0))  # it can only be read by setting it
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync_folder(path)
-        else:
-            path.chmod(0o666 & ~mask)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            continue
+        path.chmod(0o666 & ~mask)
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _rename(folder: Path, place: Path) -> Path:
@@ -300,22 +350,15 @@ def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> N
 
 
 def load_run(run: str | Path, placement: Placement) -> Classifier:
-    """Load a run folder (or another folder with a text classifier); no code in it is run. A pooled head stays fp32.
-
-    Raises:
-        RunError: it is not one, or a file in it is missing or damaged.
-    """
+    """Load a run folder (or another text classifier's), running no code in it; a `RunError` says what is amiss."""
     folder = Path(run)
     config = read_json(folder, "config.json")
     if not any("Classification" in name for name in config.get("architectures") or []):
         raise RunError(f"{folder}: holds a model without a classification head; train one with headstart train.")
     info = read_json(folder, "headstart.json") if (folder / "headstart.json").is_file() else {}
     tokenizer_config = read_json(folder, "tokenizer_config.json")
-    pooled = config.get("model_type") == "headstart"
     try:
-        model: Any = _load_plain(folder, config, placement)
-        if model is None:
-            model = _load_transformers(folder, placement, "encoder" if pooled else None)
+        model = _load_plain(folder, config, placement) or _load_transformers(folder, config, placement)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out
@@ -327,22 +370,22 @@ def load_run(run: str | Path, placement: Placement) -> Classifier:
 
 def _load_plain(folder: Path, config: dict[str, Any], placement: Placement) -> PooledScorer | NativeScorer | None:
     """The classifier in plain torch; None where the engine does not know it, or its weights go by other names."""
-    pooled = config.get("model_type") == "headstart"
-    if not supports(config["encoder"] if pooled else config):
-        return None
-    weights = load_file(folder / "model.safetensors")
-    with contextlib.suppress(KeyError, ValueError):
-        return (PooledScorer if pooled else NativeScorer)(config, weights, placement.device, placement.dtype)
+    if supports(config.get("encoder", config)):
+        weights = load_file(folder / "model.safetensors")
+        scorer = PooledScorer if config.get("model_type") == "headstart" else NativeScorer
+        with contextlib.suppress(KeyError, ValueError):
+            return scorer(config, weights, placement.device, placement.dtype)
     return None
 
 
-def _load_transformers(folder: Path, placement: Placement, body: str | None) -> Any:
-    """A transformers model, ours if it has a `body` that computes in another precision than the head."""
+def _load_transformers(folder: Path, config: dict[str, Any], placement: Placement) -> Any:
+    """A transformers model; of ours the head stays fp32."""
     from transformers import AutoModelForSequenceClassification
 
     from headstart.modeling_headstart import HeadstartForSequenceClassification
 
-    model_class = HeadstartForSequenceClassification if body else AutoModelForSequenceClassification
+    pooled = config.get("model_type") == "headstart"
+    model_class = HeadstartForSequenceClassification if pooled else AutoModelForSequenceClassification
     with quiet_transformers():
         model, report = model_class.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
@@ -350,22 +393,21 @@ def _load_transformers(folder: Path, placement: Placement, body: str | None) -> 
     if missing := [name for name in report["missing_keys"] if "position_ids" not in name]:
         raise ValueError(f"model.safetensors lacks {len(missing)} weights, such as {missing[0]}")
     model.to(placement.device)
-    (getattr(model, body) if body else model).to(placement.dtype)
+    (model.encoder if pooled else model).to(placement.dtype)
     return model.eval()
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """One of a run folder's JSON files; a `RunError` if it is not there or not JSON."""
     path = folder / name
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder. headstart train makes one.")
+    if not path.exists():
+        raise RunError(f"{folder}: is not a run folder (it has no {name}). headstart train makes one.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        problem = f"{path}: is not a JSON object."
     except (ValueError, OSError) as error:
-        problem = f"{path}: cannot be read ({error})."
-    if not folder.is_dir():
-        problem = f"{folder}: no such run folder. headstart train makes one."
-    elif not path.exists():
-        problem = f"{folder}: is not a run folder (it has no {name}). headstart train makes one."
-    raise RunError(problem)
+        raise RunError(f"{path}: cannot be read ({error}).") from error
+    if isinstance(content, dict):
+        return content
+    raise RunError(f"{path}: is not a JSON object.")

@@ -6,21 +6,21 @@ that reason. headstart uses it for the families that `engine.py` does not know.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+MaybeTensor: TypeAlias = torch.Tensor | None
+
 
 def pool(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor, layout: Sequence[str]) -> torch.Tensor:
     """Reduce each text's hidden states to (batch, len(layout), hidden) fp32, rounded to half precision as features are.
 
-    Args:
-        hidden_states: L + 1 tensors (batch, length, hidden), the embeddings first.
-        mask: (batch, length), 1 where a token is.
-        layout: `cls` (last layer's first token) or `mean-K` (of layer K over the text's tokens), in order.
+    There are L + 1 states (batch, length, hidden), the embeddings first; `mask` (batch, length) is 1 where a token is;
+    `layout` has `cls` (last layer's first token) or `mean-K` (of layer K over the text's tokens), in order.
     """
     weights = mask.unsqueeze(1).to(hidden_states[0].dtype)
     count = mask.sum(dim=1, keepdim=True).float()
@@ -50,10 +50,9 @@ class PooledHead(nn.Module):
 
 def pooler_output(body: Any, cls: torch.Tensor) -> torch.Tensor:
     """An encoder's pooled output from its last layer's first token, (batch, hidden) to (batch, hidden)."""
-    pooler = body.pooler
-    if isinstance(pooler, nn.Linear):  # ALBERT keeps the activation apart
-        return body.pooler_activation(pooler(cls))
-    return pooler(cls.unsqueeze(1))
+    if isinstance(body.pooler, nn.Linear):  # ALBERT keeps the activation apart
+        return body.pooler_activation(body.pooler(cls))
+    return body.pooler(cls.unsqueeze(1))
 
 
 class HeadstartConfig(PretrainedConfig):
@@ -73,9 +72,7 @@ class HeadstartConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.encoder = encoder or {"model_type": "bert"}
-        self.head_features = list(head_features)
-        self.head_width = head_width
-        self.head_dropout = head_dropout
+        self.head_features, self.head_width, self.head_dropout = list(head_features), head_width, head_dropout
         super().__init__(**kwargs)
 
 
@@ -101,9 +98,9 @@ class HeadstartForSequenceClassification(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        input_ids: MaybeTensor = None,
+        attention_mask: MaybeTensor = None,
+        labels: MaybeTensor = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Token ids (batch, length) and their mask to logits (batch, labels), and a loss where labels are given."""

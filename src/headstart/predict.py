@@ -4,10 +4,9 @@ import hashlib
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from gzip import GzipFile
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -51,8 +50,7 @@ class Predictor:
     """A trained classifier, ready to score texts."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self.classifier = classifier
-        self.names = classifier.names
+        self.classifier, self.names = classifier, classifier.names
         self.remembered: dict[bytes, tuple[NDArray[np.float64], bool]] = {}
 
     def predict(self, texts: Sequence[str]) -> list[str]:
@@ -99,13 +97,12 @@ def load(run: str | Path, *, device: Device = "auto", precision: Precision = "au
     return Predictor(load_run(run, choose_placement(device, precision)))
 
 
-@dataclass
-class FileSummary:
+class FileSummary(NamedTuple):
     """What scoring a file came to: rows written, blank ones among them (they get no label), texts cut."""
 
-    rows: int = 0
-    blank: int = 0
-    cut: int = 0
+    rows: int
+    blank: int
+    cut: int
 
 
 def answer_columns(probabilities: NDArray[np.float64], names: Sequence[str]) -> dict[str, pl.Series]:
@@ -115,58 +112,51 @@ def answer_columns(probabilities: NDArray[np.float64], names: Sequence[str]) -> 
     return {"prediction": best, "confidence": pl.Series(probabilities.max(axis=1)), **shares}
 
 
-def score_part(predictor: Predictor, part: pl.DataFrame, column: str) -> tuple[pl.DataFrame, FileSummary]:
-    """A part of a table with the columns of its answers, null where the text is blank, and what it came to."""
-    texts = part[column].cast(pl.String).to_list()
-    kept = {i: place for place, i in enumerate(i for i, text in enumerate(texts) if text and text.strip())}
-    scores = predictor.score([texts[i] for i in kept])
-    rows = pl.Series([kept.get(i) for i in range(len(texts))], dtype=pl.UInt32)
-    added = pl.DataFrame(answer_columns(scores.probabilities, predictor.names)).select(pl.all().gather(rows))
-    return part.with_columns(added.get_columns()), FileSummary(
-        len(texts), len(texts) - len(kept), int(scores.cut.sum())
-    )
-
-
 def predict_file(predictor: Predictor, source: str, output: str, text: str | None = None) -> FileSummary:
     """Score a table into a table, chunk by chunk, so that memory does not grow with the file.
 
-    The output, of any format headstart reads (the ending decides) or `-` for CSV on stdout, keeps the table's columns
-    and adds `prediction`, `confidence` and `p_NAME` for each label. It is written beside its place and renamed when
-    whole. `text` is the text column; None: the one trained on, or else found. A `DataError` says why the table cannot
-    be read, a `DiskError` why the output cannot be written.
+    The output (its ending decides the format; `-` is CSV on stdout) keeps the table's columns and adds `prediction`,
+    `confidence` and `p_NAME` for each label; it is written beside its place and renamed when whole. `text` is the text
+    column; None: the one trained on, or else found. A `DataError` or `DiskError` if a file cannot be read or written.
     """
     path = resolve_path(source)
     frame = scan(path)
     schema = frame.collect_schema()
     trained_on = predictor.classifier.info.get("columns", [None])[0]
-    wanted = text if text is not None or trained_on not in schema.names() else trained_on
+    wanted = text if text is not None or trained_on not in schema else trained_on
     column = find_column(path, schema.names(), wanted, "text")
     ending = ".csv" if output == "-" else file_format(output)
     if output != "-" and Path(output).resolve() == Path(path).resolve():
         raise DataError(f"{output}: is the input; choose another --output.")
     if ending in (".csv", ".tsv") and (nested := [name for name, dtype in schema.items() if dtype.is_nested()]):
         raise DataError(f"{path}: the column {nested[0]!r} holds lists or records; write .jsonl or .parquet.")
-    score = partial(score_part, predictor, column=column)
-    summary = FileSummary()
+
+    def score(part: pl.DataFrame) -> tuple[pl.DataFrame, Counter[str]]:  # the answer to a blank text is null
+        texts = part[column].cast(pl.String).to_list()
+        kept = {i: place for place, i in enumerate(i for i, text in enumerate(texts) if text and text.strip())}
+        scores = predictor.score([texts[i] for i in kept])
+        rows = pl.Series([kept.get(i) for i in range(len(texts))], dtype=pl.UInt32)
+        added = pl.DataFrame(answer_columns(scores.probabilities, predictor.names)).select(pl.all().gather(rows))
+        counts = Counter(rows=len(texts), blank=len(texts) - len(kept), cut=int(scores.cut.sum()))
+        return part.with_columns(added.get_columns()), counts
+
+    empty, totals = score(pl.DataFrame(schema=schema))
 
     def scored() -> Iterator[pl.DataFrame]:  # this thread reads and writes, others tokenise and compute
         with bar("scoring", None, "texts") as advance:
             for part, counts in side_by_side(score, read_parts(frame, path)):
-                summary.rows += counts.rows
-                summary.blank += counts.blank
-                summary.cut += counts.cut
-                advance(counts.rows, "")
+                totals.update(counts)
+                advance(part.height, "")
                 yield part
 
-    empty, _ = score(pl.DataFrame(schema=schema))
     if output == "-":
         write_frames(sys.stdout.buffer, ending, scored(), empty)
-        return summary
+        return FileSummary(**totals)
     with disk_errors(Path(output)), whole_file(Path(output)) as temporary, open(temporary, "wb") as file:
         packs = output.lower().endswith(".gz") and ending != ".parquet"
         with GzipFile("", "wb", fileobj=file, mtime=0) if packs else nullcontext(file) as target:
             write_frames(target, ending, scored(), empty)
-    return summary
+    return FileSummary(**totals)
 
 
 def read_parts(frame: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,8 @@ def histogram(lengths: NDArray[np.int64], bins: int = 16) -> list[str]:
 def lengths_text(advice: LengthAdvice) -> str:
     """What `headstart lengths` prints."""
     quantiles = "  ".join(f"{level:.0%} {value:,}" for level, value in advice.quantiles.items())
-    lines = [
-        f"Token lengths of {len(advice.lengths):,} texts (special tokens included)",
-        "",
-        *histogram(advice.lengths),
-    ]
-    lines += ["", f"Quantiles   {quantiles}", "", "max_length  texts cut  relative cost"]
+    lines = [f"Token lengths of {len(advice.lengths):,} texts (special tokens included)", ""]
+    lines += [*histogram(advice.lengths), "", f"Quantiles   {quantiles}", "", "max_length  texts cut  relative cost"]
     for one in advice.candidates:
         mark = "  <- advised" if one.max_length == advice.advised else ""
         lines.append(f"{one.max_length:>10,}  {one.cut:>9.2%}  {one.cost:>13.2f}{mark}")
@@ -73,30 +69,32 @@ def save_histogram(advice: LengthAdvice, path: Path) -> None:
         figure.savefig(path, format="png")
 
 
+def filled(template: str, fields: Mapping[str, Any]) -> str:
+    """A file of this package with its {fields} filled in."""
+    return files("headstart").joinpath(template).read_text(encoding="utf-8").format_map(fields)
+
+
 def summary_text(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> str:
     """The one screen after training, from headstart.json, metrics.json and scikit-learn's report on test."""
-    features, split, timing, test = metrics["features"], run["split"], metrics["timing"], metrics["test"]
-    parts = [f"{name} {seconds:.1f}" for name, seconds in timing.items() if name != "total" and seconds >= 0.05]
-    lines = [
-        f"Data      {printable(run['settings']['data'])}: {split['train']:,} to train, {split['validation']:,} to "
-        f"validate, {split['test']:,} to test; {_some(run['names'])}",
-        f"Lengths   max_length {run['max_length']}: {run['max_length_reason']}",
-        f"Encoder   {run['settings']['model']} on {run['placement']}",
-        f"Features  {features['texts']:,} distinct texts: {features['encoded']:,} encoded, "
-        f"{features['reused']:,} from the store ({features['bytes'] / 1e6:,.1f} MB)",
-        f"Head      {run['head']['description']}",
-        f"\n{report.rstrip()}\n",
-        f"Test      accuracy {test['accuracy']:.3f} {_details(test)}",
-    ]
+    parts = [(name, seconds) for name, seconds in metrics["timing"].items() if name != "total" and seconds >= 0.05]
+    more: dict[str, Any] = {"spent": ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts), "folds": ""}
+    more |= {"megabytes": metrics["features"]["bytes"] / 1e6}
     if folds := metrics.get("folds"):
         low, high = min(folds["accuracy"]), max(folds["accuracy"])
         mean = f"{folds['mean']:.3f} ± {folds['std']:.3f} over {folds['k']} folds ({low:.3f} to {high:.3f})"
-        lines.append(f"Folds     accuracy {mean}; the head saved was trained on all but the test part")
-    lines += [
-        f"Compare   {compare_text(metrics)}",
-        f"Time      {timing['total']:.1f} s ({', '.join(parts)})",
-        f'Saved     {run["out"]}\nNext      headstart predict {run["out"]} "your text"',
-    ]
+        more["folds"] = f"Folds     accuracy {mean}; the head saved was trained on all but the test part\n"
+    more |= {"data_name": printable(run["settings"]["data"]), "labels": _some(run["names"]), "report": report.rstrip()}
+    more |= {"details": _details(metrics["test"]), "compare": compare_text(metrics)}
+    return filled("summary.txt", {**run, **metrics, **more}).rstrip()
+
+
+def costs_text(costs: Sequence[Mapping[str, Any]], budget: float) -> str:
+    """What `--dry-run` prints."""
+    lines = ["--thaw  predicted time  memory        disk"]
+    for cost in costs:
+        fits = "" if cost["seconds"] <= budget else f"  over the budget of {budget:,.0f} s"
+        sizes = f"{cost['memory'] / 1e9:>4.1f} GB  {cost['disk'] / 1e6:>7,.0f} MB"
+        lines.append(f"{cost['depth']:>6}  {cost['seconds']:>12,.0f} s  {sizes}{fits}")
     return "\n".join(lines)
 
 
@@ -104,7 +102,7 @@ def compare_text(metrics: Mapping[str, Any]) -> str:
     """The accuracy beside both baselines, and plainly whether it beats them."""
     mine = metrics["test"]["accuracy"]
     majority, tfidf = (metrics["baselines"][name]["accuracy"] for name in ("majority", "tfidf_logreg"))
-    best, name = max((tfidf, "TF-IDF + logistic regression"), (majority, "the commonest label"), key=itemgetter(0))
+    best, name = (tfidf, "TF-IDF + logistic regression") if tfidf >= majority else (majority, "the commonest label")
     beaten = f"better than both by {100 * (mine - best):.1f} points or more"
     verdict = beaten if mine > best else f"{'NOT' if mine < best else 'no'} better than {name}"
     return f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict}"
@@ -117,8 +115,7 @@ def _details(numbers: Mapping[str, Any]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = [*map(printable, names[:6]), *(["…"] if len(names) > 6 else [])]
-    return f"{len(names)} labels: {', '.join(shown)}"
+    return f"{len(names)} labels: {', '.join(map(printable, names[:6]))}{', …' if len(names) > 6 else ''}"
 
 
 def evaluation_text(numbers: Mapping[str, Any], report: str) -> str:
@@ -128,52 +125,13 @@ def evaluation_text(numbers: Mapping[str, Any], report: str) -> str:
 
 def model_card(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> str:
     """The run folder's README.md."""
-    test, split, settings = metrics["test"], run["split"], run["settings"]
-    low, high = test["accuracy_ci95"]
-    data, name = (printable(Path(place).name) for place in (settings["data"], run["out"]))
-    pooled = run["head"]["kind"] == "pooled"
-    remark = (
-        "The head is headstart's own, so transformers asks to run `modeling_headstart.py`, which is in this folder."
-    )
-    remark, remote = (f"{remark}\n\n", ", trust_remote_code=True") if pooled else ("", "")
-    card = f"""---
-library_name: {"headstart" if pooled else "transformers"}
-pipeline_tag: text-classification
-tags: [text-classification, headstart]
----
-
-# {name}
-
-A text classifier for {_some(run["names"])}, made by headstart {run["headstart"]} from
-`{data}` ({split["train"]:,} texts to train on, {split["validation"]:,} to
-choose on, {split["test"]:,} to test on; seed {settings["seed"]}).
-
-## Result on the test part
-
-Accuracy **{test["accuracy"]:.3f}** (95% interval {low:.3f} to {high:.3f}); {compare_text(metrics)}.
-
-```
-{report.rstrip()}
-```
-
-## How to use it
-
-```
-headstart predict . "your text"
-```
-
-```python
-from transformers import pipeline
-
-pipeline("text-classification", "."{remote})("your text")
-```
-
-{remark}## What it is
-
-Encoder `{settings["model"]}`; {run["head"]["description"]}. Texts are cut after {run["max_length"]} tokens.
-
-## Limits
-
-The numbers hold for texts like those it was trained on. It knows only the labels above and always gives one of them.
-"""
+    more = {"library": "transformers", "remark": "", "remote": ""}
+    if run["head"]["kind"] == "pooled":
+        asks = "transformers asks to run `modeling_headstart.py`, which is in this folder"
+        remark = f"The head is headstart's own, so {asks}.\n\n"
+        more = {"library": "headstart", "remark": remark, "remote": ", trust_remote_code=True"}
+    data, name = (printable(Path(place).name) for place in (run["settings"]["data"], run["out"]))
+    more |= {"data_name": data, "name": name, "labels": _some(run["names"])}
+    more |= {"compare": compare_text(metrics), "report": report.rstrip()}
+    card = filled("card.md", {**run, **metrics, **more})
     return "\n".join(map(printable, card.split("\n")))

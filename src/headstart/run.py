@@ -4,26 +4,35 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from headstart import data, metrics, report, tables
-from headstart.config import TrainConfig
+from headstart.checkpoints import Checkpoints
+from headstart.config import HeadKind, TrainConfig
 from headstart.data import Dataset, Splits
-from headstart.encoder import Encoder, choose_placement, load_encoder
-from headstart.errors import DataError, InputError
-from headstart.features import Features, frozen_features
-from headstart.model import check_out, new_folder, save_model
+from headstart.encoder import Encoder, choose_placement, length_limit, load_config, load_encoder, load_tokenizer, locate
+from headstart.errors import DataError, InputError, disk_errors
+from headstart.features import Features, frozen_features, whole_file
+from headstart.model import PLAN, Depth, check_depth, check_out, is_unfinished, new_folder, read_json, save_model
 from headstart.predict import Predictor, probabilities_of
-from headstart.tokens import LengthAdvice, advise_length
+from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
+from headstart.tokens import LengthAdvice, Tokens, advise_length
 from headstart.train import History
 from headstart.trials import Task, TrainedHead, in_folds, refit, train_head
+
+Announce = Callable[[str], None]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,8 @@ class Run:
     """
 
     folder: Path
-    metrics: dict[str, Any]
-    info: dict[str, Any]
+    metrics: Json
+    info: Json
     report: str
     notices: tuple[str, ...]
     interrupted: bool
@@ -53,21 +62,50 @@ def measured(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] += time.perf_counter() - begun
 
 
-def train(config: TrainConfig, started: float | None = None) -> Run:
-    """Train, test once, and write the run folder; the total counts from `started`, a `time.time()`, or from now.
+@dataclass(frozen=True)
+class Prepared:
+    """All that precedes training: the parts and their raw labels, the encoder, token ids, features, and max_length."""
 
-    Raises:
-        InputError: the data, the model, a setting or the output folder cannot be used; nothing is written.
-    """
-    started = time.time() if started is None else started
-    seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
-    out = Path(config.out) if config.out is not None else Path("runs") / default_name(config.data)
-    check_out(out, overwrite=config.overwrite)
+    splits: Splits
+    raw_labels: tuple[str, ...]
+    encoder: Encoder
+    tokens: Tokens
+    features: Features
+    index: list[NDArray[np.int64]]
+    max_length: int
+    max_length_reason: str
+
+    def task(self, config: TrainConfig) -> Task:
+        """The head's task."""
+        train, validation = self.splits.train, self.splits.validation
+        seen, held = (self.features.take(part) for part in self.index[:2])
+        return Task(self.encoder, seen, held, train.labels, validation.labels, train.names, config)
+
+    def fine_tuning(self, config: TrainConfig) -> FineTuning:
+        """The task of fine-tuning, which starts from the architecture's own head trained on stored features."""
+        probe = train_head(self.task(replace(head_settings(config), head="native")))
+        train, validation = self.splits.train, self.splits.validation
+        start, parts = probe.whole(train.names), (self.index[0], self.index[1], self.index[2])
+        return FineTuning(self.encoder, self.tokens, parts, train.labels, validation.labels, train.names, config, start)
+
+
+def head_settings(config: TrainConfig) -> TrainConfig:
+    """The settings of the head stage: those for epochs and steps are fine-tuning's where there is any."""
+    if config.thaw == "0":
+        return config
+    head: HeadKind = "native" if config.head == "native" or config.thaw != "auto" else "auto"
+    return replace(config, head=head, epochs=None, lr=None, batch_size=None, weight_decay=None)
+
+
+def prepare(config: TrainConfig, seconds: dict[str, float]) -> Prepared:
+    """Read, split, tokenise and encode; `seconds` has the time added to its parts."""
     with measured(seconds, "read"):
         splits, raw_labels = read(config)
     placement = choose_placement(config.device, config.precision)
     with measured(seconds, "encode"):
         encoder = load_encoder(config.model, placement)
+    if config.thaw.isdecimal() and config.thaw != "0":
+        check_depth(encoder, int(config.thaw))
     with measured(seconds, "tokenize"):
         parts = (splits.train, splits.validation, splits.test)
         tokens = encoder.tokenizer([text for part in parts for text in part.texts], progress="tokenizing")
@@ -76,62 +114,147 @@ def train(config: TrainConfig, started: float | None = None) -> Run:
         cut = encoder.tokenizer.truncate(tokens, max_length)
     with measured(seconds, "encode"):
         features = frozen_features(encoder, cut)
-    bounds = np.cumsum([len(part) for part in parts])[:-1]
-    pieces = [features.take(part) for part in np.split(np.arange(len(tokens)), bounds)]
-    names = splits.train.names
+    index = np.split(np.arange(len(tokens)), np.cumsum([len(part) for part in parts])[:-1])
+    return Prepared(splits, raw_labels, encoder, cut, features, index, max_length, why)
+
+
+def train(config: TrainConfig, started: float | None = None, announce: Announce = lambda _: None) -> Run:
+    """Train, test once, and write the run folder; the total counts from `started`, a `time.time()`, or from now.
+
+    `announce` is called with a sentence on what comes next, or has come out, while there is more to do. An `InputError`
+    is raised, with nothing written, if the data, the model, a setting or the output folder cannot be used, and a
+    `TerminatedError`, after a checkpoint, if SIGTERM comes during fine-tuning.
+    """
+    started = time.time() if started is None else started
+    seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
+    out = out_folder(config)
+    check_out(out, overwrite=config.overwrite, resume=config.resume)
+    ready = prepare(config, seconds)
+    splits, test, names = ready.splits, ready.splits.test, ready.splits.train.names
     with measured(seconds, "train"):
-        task = Task(encoder, pieces[0], pieces[1], splits.train.labels, splits.validation.labels, names, config)
+        task = ready.task(head_settings(config))
         chosen = train_head(task)
-        head, cross = chosen, None
-        if config.folds is not None and not chosen.history.interrupted:
-            head, cross = train_on_all(task, chosen, splits, features)
+        plan: Json = {}
+        head, cross, fine, interrupted = chosen, None, None, chosen.history.interrupted
+        if config.folds is not None and not interrupted:
+            head, cross = train_on_all(task, chosen, splits, ready.features)
+        if config.thaw != "0" and not interrupted:
+            fine, plan = thaw_after(ready, chosen, config, out, announce)
+            interrupted = fine.history.interrupted if fine is not None else "interrupted" in plan
     with measured(seconds, "evaluate"):
-        probabilities = probabilities_of(head.logits(pieces[2]))
-        held = probabilities_of(chosen.logits(pieces[1]))  # by the head that has not been trained on them
+        logits = [chosen.logits(ready.features.take(ready.index[1])), head.logits(ready.features.take(ready.index[2]))]
+        stages = [stage_record("head", chosen.history)]
+        final: TrainedHead | Thawed = head
+        if fine is not None:
+            stages.append(stage_record(f"thaw-{fine.depth}", fine.history))
+            if config.thaw != "auto" or quality(fine.history) > quality(chosen.history):
+                final, logits = fine, [fine.validation_logits, fine.test_logits]
+        # A head trained on all but test is validated by the one that has not seen the validation part.
+        held, probabilities = map(probabilities_of, logits)
         numbers = {
-            "test": metrics.evaluate(probabilities, splits.test.labels, names),
+            "test": metrics.evaluate(probabilities, test.labels, names),
             "validation": metrics.evaluate(held, splits.validation.labels, names),
-            "baselines": metrics.baselines(
-                splits.train.texts, splits.train.labels, splits.test.texts, splits.test.labels
-            ),
-            "stages": [stage_record("head", chosen.history)],
+            "baselines": metrics.baselines(splits.train.texts, splits.train.labels, test.texts, test.labels),
+            "stages": stages,
         }
         if cross is not None:
             numbers["folds"] = cross
-        text = metrics.report_text(probabilities, splits.test.labels, names)
-    info = {
-        "headstart": importlib.metadata.version("headstart"),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "out": str(out),
-        "settings": config.to_dict(),
-        "names": list(names),
-        "labels": list(raw_labels),
-        "columns": list(splits.train.columns),
-        "data": data_fingerprint(splits),
-        "split": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
-        "notices": list(splits.notices),
-        "max_length": max_length,
-        "max_length_reason": why,
-        "placement": placement.reason,
-        "encoder_fingerprint": encoder.fingerprint,
-        "head": head.description(),
-        "history": [asdict(epoch) for epoch in chosen.history.epochs],
-        "interrupted": chosen.history.interrupted,
-        "seed": config.seed,
-        "versions": versions(),
-    }
-    with new_folder(out, overwrite=config.overwrite) as folder:
-        save_model(folder, head.whole(names), encoder, max_length)
-        report.write_predictions(
-            folder / "predictions.csv", splits.test.texts, splits.test.labels, probabilities, names
-        )
+        text = metrics.report_text(probabilities, test.labels, names)
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    info: Json = {"headstart": importlib.metadata.version("headstart"), "created": created, "out": str(out)}
+    info |= {"settings": config.to_dict(), "names": list(names), "labels": list(ready.raw_labels)}
+    info |= {"columns": list(splits.train.columns), "data": data_fingerprint(splits)}
+    info |= {"split": {name: len(part) for name, part in parts_of(splits).items()}, "notices": list(splits.notices)}
+    info |= {"max_length": ready.max_length, "max_length_reason": ready.max_length_reason}
+    info |= {"placement": ready.encoder.placement.reason, "encoder_fingerprint": ready.encoder.fingerprint}
+    info |= {"head": final.description(), "history": [asdict(epoch) for epoch in final.history.epochs]}
+    info |= {"thaw": {**plan, "kept": str(final.depth) if isinstance(final, Thawed) else "0"}}
+    info |= {"interrupted": interrupted, "seed": config.seed, "versions": versions()}
+    with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
+        save_model(folder, final.whole(names), ready.encoder, ready.max_length)
+        report.write_predictions(folder / "predictions.csv", test.texts, test.labels, probabilities, names)
         total = {**seconds, "total": time.time() - started}
         numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
-        numbers["features"] = features.cost()
+        numbers["features"] = ready.features.cost()
         report.write_json(folder / "metrics.json", numbers)
         report.write_json(folder / "headstart.json", info)
         (folder / "README.md").write_text(report.model_card(info, numbers, text), encoding="utf-8")
-    return Run(out, numbers, info, text, (*splits.notices, *features.warnings), chosen.history.interrupted)
+        if config.keep_checkpoints:
+            for place in out.glob("checkpoint-*/"):
+                shutil.copytree(place, folder / place.name)
+    return Run(out, numbers, info, text, (*splits.notices, *ready.features.warnings), interrupted)
+
+
+def thaw_after(
+    ready: Prepared, head: TrainedHead, config: TrainConfig, out: Path, announce: Announce
+) -> tuple[Thawed | None, Json]:
+    """Fine-tune as deep as was asked for or as the time allows; and what was predicted and decided, for headstart.json.
+
+    The depth is written down first, so that a run that is resumed has the same.
+    """
+    announce(f"Head      validation accuracy {quality(head.history)[0]:.3f}")
+    task, key = ready.fine_tuning(config), run_key(ready, config)
+    plan: Json = read_json(out, PLAN) if is_unfinished(out) and config.resume else {}
+    if not plan:
+        plan = {"key": key, "depth": config.thaw, "reason": "as asked"}
+        if config.thaw == "auto":
+            costs = predicted_costs(task)
+            found = deepest_within(costs, config.time_budget)
+            why = f"the deepest predicted to fit {config.time_budget:,.0f} s" if found else "no depth fits the budget"
+            plan |= {"depth": str(found.depth) if found else "0", "reason": why}
+            plan["costs"] = [cost._asdict() for cost in costs]
+    if plan["depth"] == "0":
+        return None, plan
+    depth: Depth = "all" if plan["depth"] == "all" else int(plan["depth"])
+    predicted = [f"{cost['seconds']:,.0f} s predicted" for cost in plan.get("costs", []) if cost["depth"] == depth]
+    announce(f"Thaw      {layers_text(depth)}: {', '.join([plan['reason'], *predicted])}")
+    if depth != "all" and config.store:
+        size = 2 * ready.encoder.hidden * len(ready.tokens.ids) / 1e6
+        announce(f"Store     {size:,.0f} MB of hidden states below them (--no-store computes them anew each epoch)")
+    checkpoints = Checkpoints(out, key, config.checkpoint_minutes, announce)
+    if not config.resume:
+        checkpoints.clear()
+    begun = time.monotonic()
+    with disk_errors(out), whole_file(out / PLAN) as temporary:
+        report.write_json(temporary, plan)
+    try:
+        deadline = begun + config.time_budget if config.thaw == "auto" else math.inf
+        fine = task.fit(depth, checkpoints, deadline)
+    except KeyboardInterrupt:
+        return None, {**plan, "interrupted": True}
+    return fine, {**plan, "seconds": round(time.monotonic() - begun, 3)}
+
+
+def quality(history: History) -> tuple[float, float]:
+    """How training came out on validation, more being better: in accuracy, and at the same in loss."""
+    best = history.epochs[history.best]
+    return best.validation_accuracy, -best.validation_loss
+
+
+def run_key(ready: Prepared, config: TrainConfig) -> str:
+    """A sha256 of everything that decides the result of fine-tuning."""
+    aside = ("out", "overwrite", "resume", "time_budget", "dry_run", "checkpoint_minutes", "keep_checkpoints")
+    settings = {name: value for name, value in config.to_dict().items() if name not in aside}
+    parts = [settings, data_fingerprint(ready.splits), ready.encoder.fingerprint, versions(), torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def costs(config: TrainConfig) -> str:
+    """Train the head, and say what each depth of fine-tuning would cost; nothing is written but the feature store."""
+    ready = prepare(config, dict.fromkeys(("read", "tokenize", "encode"), 0.0))
+    return report.costs_text(
+        [cost._asdict() for cost in predicted_costs(ready.fine_tuning(config))], config.time_budget
+    )
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a run, and not one that has not ended."""
+    return (out / "headstart.json").is_file() and not is_unfinished(out)
+
+
+def out_folder(config: TrainConfig) -> Path:
+    """Where a run goes."""
+    return Path(config.out) if config.out is not None else Path("runs") / default_name(config.data)
 
 
 def default_name(source: str) -> str:
@@ -140,10 +263,7 @@ def default_name(source: str) -> str:
 
 
 def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
-    """The three parts, with the names to show, and the labels as the table has them.
-
-    All problems of all tables are raised together.
-    """
+    """The three parts, with the names to show, and the labels as the table has them; all problems are told at once."""
     problems: list[str] = []
     whole = data.load(config.data, config.text, config.label)
     shown = config.label_names or whole.names
@@ -156,10 +276,8 @@ def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
             except DataError as error:
                 problems.extend(error.problems)
     if len(shown) != len(whole.names):
-        problems.append(
-            f"--label-names gives {len(shown)} names, and there are {len(whole.names)} labels: "
-            f"{', '.join(whole.names[:12])}."
-        )
+        labels = f"{len(whole.names)} labels: {', '.join(whole.names[:12])}"
+        problems.append(f"--label-names gives {len(shown)} names, and there are {labels}.")
     elif len(set(shown)) != len(shown):
         problems.append("--label-names gives the same name twice.")
     if problems:
@@ -174,23 +292,15 @@ def choose_length(config: TrainConfig, advice: LengthAdvice, encoder: Encoder) -
     if config.max_length is None:
         return advice.advised, advice.reason
     if config.max_length > encoder.max_length:
-        raise InputError(
-            f"--max-length {config.max_length}: {config.model} takes at most {encoder.max_length} tokens. "
-            f"The texts suggest {advice.advised}."
-        )
+        most = f"{config.model} takes at most {encoder.max_length} tokens"
+        raise InputError(f"--max-length {config.max_length}: {most}. The texts suggest {advice.advised}.")
     cut = float((advice.lengths > config.max_length).mean())
     source = "the article's" if config.recipe == "article" else "as asked"
     return config.max_length, f"{source}; {cut:.1%} of the training texts are cut (advised: {advice.advised})"
 
 
-def train_on_all(
-    task: Task, chosen: TrainedHead, splits: Splits, features: Features
-) -> tuple[TrainedHead, dict[str, Any]]:
-    """Cross-validate a head like `chosen` on all but the test part, then train it there; with the folds' numbers.
-
-    Raises:
-        InputError: a class has too few rows for so many folds.
-    """
+def train_on_all(task: Task, chosen: TrainedHead, splits: Splits, features: Features) -> tuple[TrainedHead, Json]:
+    """Cross-validate a head like `chosen` on all but test and train it there; an `InputError` if a class is small."""
     texts = splits.train.texts + splits.validation.texts
     labels = np.concatenate([splits.train.labels, splits.validation.labels])
     everything = replace(task, train=features.take(np.arange(len(texts))), train_labels=labels)
@@ -202,22 +312,21 @@ def train_on_all(
     return refit(everything, chosen), {"k": len(accuracy), "accuracy": accuracy, **spread}
 
 
-def stage_record(name: str, history: History) -> dict[str, Any]:
+def stage_record(name: str, history: History) -> Json:
     """One entry of `stages` in metrics.json."""
-    return {
-        "name": name,
-        "epochs": len(history.epochs),
-        "validation_accuracy": history.epochs[history.best].validation_accuracy,
-        "seconds": round(sum(epoch.seconds for epoch in history.epochs), 3),
-    }
+    accuracy, seconds = quality(history)[0], round(sum(epoch.seconds for epoch in history.epochs), 3)
+    return {"name": name, "epochs": len(history.epochs), "validation_accuracy": accuracy, "seconds": seconds}
+
+
+def parts_of(splits: Splits) -> dict[str, Dataset]:
+    """The three parts by name."""
+    return {"train": splits.train, "validation": splits.validation, "test": splits.test}
 
 
 def data_fingerprint(splits: Splits) -> dict[str, str]:
     """A sha256 of each part's texts and labels, in order."""
-    parts: dict[str, Dataset] = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    contents = {
-        name: json.dumps([part.texts, part.labels.tolist()], ensure_ascii=False) for name, part in parts.items()
-    }
+    parts = {name: [part.texts, part.labels.tolist()] for name, part in parts_of(splits).items()}
+    contents = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
     return {name: hashlib.sha256(one.encode("utf-8", "surrogatepass")).hexdigest() for name, one in contents.items()}
 
 
@@ -231,29 +340,18 @@ def versions() -> dict[str, str]:
 class Evaluation:
     """A run's numbers on another table: see `headstart.metrics.evaluate`."""
 
-    numbers: dict[str, Any]
+    numbers: Json
     report: str
     notices: tuple[str, ...]
 
 
 def evaluate(predictor: Predictor, source: str, text: str | None = None, label: str | None = None) -> Evaluation:
-    """Test a loaded classifier on a labelled table.
-
-    Its labels are all as the training table had them, or all as the run shows them.
-
-    Raises:
-        DataError: the table cannot be used, or has labels that the run does not know.
-    """
+    """Test a classifier on a table labelled all as in training, or all as the run shows labels; else a `DataError`."""
     info, names = predictor.classifier.info, predictor.names
-    trained_text, trained_label = info.get("columns", (None, None))
     columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
-    table = data.load(
-        source,
-        text or (trained_text if trained_text in columns else None),
-        label or (trained_label if trained_label in columns else None),
-        known=(info.get("labels", names), names),
-        least_rows=1,
-    )
+    usual = (name if name in columns else None for name in info.get("columns", (None, None)))
+    text, label = (given or trained for given, trained in zip((text, label), usual, strict=True))
+    table = data.load(source, text, label, known=(info.get("labels", names), names), least_rows=1)
     scores = predictor.score(table.texts, progress="scoring")
     notices = list(table.notices)
     if cut := int(scores.cut.sum()):
@@ -263,17 +361,9 @@ def evaluate(predictor: Predictor, source: str, text: str | None = None, label: 
 
 
 def lengths(source: str, model: str, text: str | None = None) -> LengthAdvice:
-    """The token lengths of a table's texts and the max_length they suggest; labels are not needed.
-
-    Raises:
-        DataError: the table cannot be read or has no text.
-        ModelError: the model cannot be found.
-    """
-    from headstart.encoder import length_limit, load_config, load_tokenizer, locate
-
+    """Token lengths of a table's texts and the max_length they suggest; a `DataError` or `ModelError` if not found."""
     texts = data.load_texts(source, text)
     folder = locate(model)
     shape = load_config(folder)
-    _, tokenizer = load_tokenizer(folder)
-    tokens = tokenizer(texts, progress="tokenizing")
+    tokens = load_tokenizer(folder)[1](texts, progress="tokenizing")
     return advise_length(tokens.lengths, limit=length_limit(shape), hidden=int(shape.hidden_size))

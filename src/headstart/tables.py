@@ -1,7 +1,6 @@
 """Files to frames: finding, checking and opening a table, its columns, and a close look at one that is broken.
 
-This room knows formats, encodings, delimiters and headers. It knows nothing of labels or splits. All that is wrong
-with a file is collected and raised together, so that a person mends it once.
+This room knows nothing of labels or splits. All that is wrong with a file is raised together, to be mended at once.
 """
 
 import codecs
@@ -111,8 +110,7 @@ def _checked_format(source: str) -> str:
         raise DataError(f"{source}: no such file. " + (f"Did you mean {near[0]}?" if near else "Check the path."))
     if path.is_dir():
         tables = sorted(entry.name for entry in path.iterdir() if ENDING.search(entry.name))
-        hint = f" It holds {', '.join(tables[:3])}." if tables else ""
-        raise DataError(f"{source}: is a folder; give a file in it.{hint}")
+        raise DataError(f"{source}: is a folder; give a file in it. It holds {', '.join(tables[:3]) or 'no table'}.")
     ending = file_format(source)
     head = _read(source, 4096)
     if not head.strip():
@@ -131,10 +129,8 @@ def _checked_format(source: str) -> str:
                 line.decode()
             except UnicodeDecodeError as error:
                 byte, name = file.tell() - len(line) + error.start, path.name
-                problem = (
-                    f"byte {byte} (0x{line[error.start]:02x}, in row {row}) is not UTF-8; the file is probably latin-1 "
-                    f"(Windows-1252). Save it as UTF-8, for example with: iconv -f latin1 -t utf-8 {name} > utf8-{name}"
-                )
+                fix = f"Save it as UTF-8, for example with: iconv -f latin1 -t utf-8 {name} > utf8-{name}"
+                problem = f"byte {byte} (0x{line[error.start]:02x}, in row {row}) is not UTF-8; probably latin-1. {fix}"
                 if error.reason == "unexpected end of data":
                     problem = f"ends inside a character at byte {byte}; the file was cut off."
                 raise DataError(f"{source}: {problem}") from error
@@ -158,15 +154,11 @@ def read_header(source: str) -> tuple[str, list[str]]:
         line = next((line for line in file if line.strip(b"\r\n")), b"")
     header = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
     if "\r" in header:
-        raise DataError(
-            f"{source}: its lines end as on an old Mac (in a carriage return alone). Save it with other line ends, "
-            f"for example with: tr '\\r' '\\n' < {Path(source).name} > lines-{Path(source).name}"
-        )
-    headers = {
-        delimiter: [_clean(cell) for cell in next(csv.reader([header], delimiter=delimiter), [])]
-        for delimiter in ("\t" if file_format(source) == ".tsv" else ",;\t|")
-    }
-    return max(headers.items(), key=lambda item: (sum(name.lower() in USUAL_NAMES for name in item[1]), len(item[1])))
+        mend = f"tr '\\r' '\\n' < {Path(source).name} > lines-{Path(source).name}"
+        raise DataError(f"{source}: its lines end as on an old Mac. Save it with other line ends, or use: {mend}")
+    delimiters = "\t" if file_format(source) == ".tsv" else ",;\t|"
+    headers = [(one, [_clean(cell) for cell in next(csv.reader([header], delimiter=one), [])]) for one in delimiters]
+    return max(headers, key=lambda item: (sum(name.lower() in USUAL_NAMES for name in item[1]), len(item[1])))
 
 
 def _clean(name: str) -> str:
@@ -174,19 +166,14 @@ def _clean(name: str) -> str:
 
 
 def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
-    """One sentence for each way in which rows have another number of fields than the header.
-
-    With `lone_quotes`, if there are none: one on the rows with a quote that has no partner, over which polars stumbles.
-    """
+    """One sentence for each wrong number of fields, or else, with `lone_quotes`, on quotes that have no partner."""
     expected = read = 0
     wrong: dict[int, list[int]] = {}
-    lone: list[int] = []
-    problems: list[str] = []
-    delimiter, _ = read_header(source)
+    lone, problems = list[int](), list[str]()
     with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
         # A line ends in a line feed alone, as polars sees it. `again` are the same lines, to count their quotes.
         lines, again = itertools.tee(line.rstrip("\r\n").replace("\r", " ") + "\n" for line in text)
-        reader = csv.reader(lines, delimiter=delimiter)
+        reader = csv.reader(lines, delimiter=read_header(source)[0])
         for row, cells in enumerate(reader, start=1):
             odd = sum(line.count('"') for line in itertools.islice(again, reader.line_num - read)) % 2 == 1
             read, expected = reader.line_num, expected or len(cells)
@@ -231,24 +218,19 @@ def _broken_json(source: str) -> list[str]:
 def find_column(source: str, columns: Sequence[str], wanted: str | None, role: str) -> str:
     """The `text` or `label` column: as asked, the first usual name, or the only usual one; a `DataError` otherwise."""
     usual, listed = USUAL_COLUMNS[role], ", ".join(map(repr, columns))
-    if wanted is not None:
-        if wanted in columns:
-            return wanted
+    if wanted is not None and wanted not in columns:
         near = get_close_matches(wanted, columns, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DataError(f"{source}: has no column {wanted!r}; its columns are {listed}.{hint}")
-    found = [usual[0]] if usual[0] in columns else [column for column in columns if column.lower() in usual]
+    first = usual[0] if wanted is None else wanted
+    found = [first] if first in columns else [column for column in columns if column.lower() in usual]
     if len(found) == 1:
         return found[0]
-    if found:
-        several = " and ".join(map(repr, found))
+    if several := " and ".join(map(repr, found)):
         raise DataError(f"{source}: {several} could both be the {role} column; choose one with --{role} COLUMN.")
     others = [column for column in columns if column.lower() not in USUAL_NAMES]  # a usual name says what it is
-    near = [
-        column
-        for column in others
-        if any(name in column.lower() for name in usual) or get_close_matches(column.lower(), usual, cutoff=0.7)
-    ]
+    near = [column for column in others if any(name in column.lower() for name in usual)]
+    near += [column for column in others if get_close_matches(column.lower(), usual, cutoff=0.7)]
     hint = f"Try --{role} {near[0]}." if near else f"Name it with --{role} COLUMN."
     if any(len(column.split()) > 3 or column.isdigit() for column in columns):
         hint += " (Does the file lack a header row?)"
@@ -260,8 +242,7 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
     frame = scan(source)
     columns = frame.collect_schema().names()
     local_text = is_delimited(source) and not source.startswith(REMOTE)
-    problems: list[str] = []
-    found: list[str] = []
+    problems, found = list[str](), list[str]()
     for role, name in wanted.items():
         try:
             found.append(find_column(source, columns, name, role))

@@ -1,7 +1,4 @@
-"""Texts to token ids: the tokenizer, length statistics and the padding length, batches of like lengths.
-
-This room knows the `tokenizers` library and arrays of ids; it knows no torch and no model.
-"""
+"""Texts to token ids: the tokenizer, lengths and the length advised, batches of like length. No torch, no model."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -64,8 +61,7 @@ class Tokenizer:
     def __init__(self, fast: FastTokenizer, pad_id: int) -> None:
         fast.no_padding()
         fast.no_truncation()
-        self.fast = fast
-        self.pad_id = pad_id
+        self.fast, self.pad_id = fast, pad_id
         probe = fast.encode("a")
         content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
         end = content[-1] + 1 if content else len(probe.ids) - 1
@@ -112,10 +108,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LengthAdvice:
-    """Token lengths of a table, (n,) and special tokens included, their quantiles, and the max_length they suggest.
-
-    `candidates` are those considered, shortest first; `advised` is one of theirs and `reason` says why.
-    """
+    """Token lengths of n texts, special ones included, and the max_length they suggest, among others; and why."""
 
     lengths: Ints
     quantiles: dict[float, int]
@@ -125,22 +118,15 @@ class LengthAdvice:
 
 
 def encoder_cost(lengths: Ints, hidden: int) -> float:
-    """Relative FLOPs of encoding texts: 24·d²·s in the matrix products and 4·d·s² in attention, over 24·d².
-
-    From the usual count of 2 FLOPs a multiply-add with a 4·d wide feed-forward layer (Kaplan et al. 2020, table 1).
-    """
+    """FLOPs of encoding texts: 24·d²·s in products, 4·d·s² in attention (Kaplan et al. 2020, table 1), over 24·d²."""
     s = lengths.astype(np.float64)
     return float((s + s**2 / (6 * hidden)).sum())
 
 
 def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvice:
-    """The shortest usual length that cuts at most 0.5% of the texts, or `limit`, the most tokens the model takes.
-
-    `lengths` are (n,) tokens a text; `hidden` is the encoder's width, for the relative cost.
-    """
-    longest = int(lengths.max())
+    """The shortest usual length that cuts at most 0.5% of texts of (n,) `lengths`, or `limit`, the model's own."""
+    longest, whole = int(lengths.max()), encoder_cost(lengths, hidden)
     usual = [*(length for length in CANDIDATE_LENGTHS if length < limit), limit]
-    whole = encoder_cost(lengths, hidden)
     candidates = tuple(
         Candidate(length, float((lengths > length).mean()), encoder_cost(np.minimum(lengths, length), hidden) / whole)
         for length in usual[: bisect_left(usual, longest) + 1]  # up to the first that cuts nothing
@@ -157,14 +143,10 @@ def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvi
 
 
 def like_length_batches(lengths: Ints, *, most_tokens: int, most_texts: int | None = None) -> Iterator[Ints]:
-    """Indexes of texts, of (n,) `lengths`, in batches of like length, the longest first: little padding is computed.
-
-    No batch has more than `most_tokens` when padded, unless one text has, or more than `most_texts`.
-    """
+    """Indexes of texts of (n,) `lengths` in batches of like length, longest first, within both limits once padded."""
     left = np.argsort(-lengths, kind="stable").astype(np.int64)
     while len(left):
-        size = max(1, most_tokens // max(1, int(lengths[left[0]])))
-        size = min(size, most_texts or size)
+        size = min(max(1, most_tokens // max(1, int(lengths[left[0]]))), most_texts or len(left))
         if len(left) < size and len(lengths) > 256:  # sizes that come again, as kernels are compiled for each
             size = 1 << (len(left).bit_length() - 1)
         yield left[:size]

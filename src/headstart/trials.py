@@ -1,13 +1,12 @@
 """Training heads on stored features: the architecture's own, one as given, or the best of many; and in folds.
 
-A trial on stored features costs a fraction of a second, so the default head is searched: first the sets of layers,
-then the other settings on the two best sets; `--trials N` lets optuna search instead. The lowest validation loss wins,
-which is steadier than accuracy on small validation parts. This room knows heads and the loop; it knows no files.
+The default head is searched: first the sets of layers, then the other settings on the two best sets. The lowest
+validation loss wins, which is steadier than accuracy on small parts. This room knows no files.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,19 +19,11 @@ from headstart.config import TrainConfig
 from headstart.encoder import Encoder
 from headstart.errors import InputError
 from headstart.features import Features
-from headstart.model import (
-    HeadSpec,
-    NativeHead,
-    PooledModel,
-    head_inputs,
-    native_feature,
-    native_model,
-    new_head,
-    pooled_model,
-)
+from headstart.model import HeadSpec, NativeHead, head_inputs, native_feature, native_model, new_head, pooled_model
 from headstart.progress import bar
-from headstart.train import Epoch, FeatureBatches, History, Schedule, class_weights, fit
+from headstart.train import Epoch, FeatureBatches, History, Schedule, class_weights, fit, loss_and_accuracy
 
+HEAD_EPOCHS = 60
 FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}
 REFINEMENTS: tuple[dict[str, float], ...] = (
     {"lr": 3e-4},
@@ -43,11 +34,10 @@ REFINEMENTS: tuple[dict[str, float], ...] = (
     {"width": 0},
     {"weight_decay": 1.0},
 )
-PRUNE = {1: 1.15, 3: 1.03}
-"""A trial is stopped at these epochs if its validation loss is over the best trial's by then, times this."""
+PRUNE = {1: 1.15, 3: 1.03}  # a trial is stopped at these epochs if its loss is over the best one's by then, times this
+SEARCH_ROWS, TRIAL_ROWS = 20_000, 4_096  # texts that the built-in search and optuna's train on; the head found, on all
 
-SEARCH_ROWS, TRIAL_ROWS = 20_000, 4_096
-"""The built-in search and optuna's train on at most so many texts; the head they find is then trained on all."""
+Hopeless = Callable[[int, Epoch], bool]  # whether to give a head up, by an epoch of it
 
 
 class Inputs(NamedTuple):
@@ -55,12 +45,8 @@ class Inputs(NamedTuple):
 
     train: torch.Tensor
     held: torch.Tensor
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-    def part(self, index: torch.Tensor | slice) -> "Inputs":
-        """Some of the d columns; a slice copies nothing."""
-        return Inputs(self.train[:, index], self.held[:, index], self.mean[index], self.scale[index])
+    mean: torch.Tensor = torch.zeros(1)
+    scale: torch.Tensor = torch.ones(1)
 
 
 @dataclass(frozen=True)
@@ -77,36 +63,31 @@ class Task:
 
     def raw(self, names: Sequence[str]) -> Inputs:
         """What a head reads of `names`, as it is, fp32."""
-        train, held = (head_inputs(self.encoder, part, names) for part in (self.train, self.validation))
-        return Inputs(train, held, torch.zeros(train.shape[1]), torch.ones(train.shape[1]))
+        return Inputs(*(head_inputs(self.encoder, part, names) for part in (self.train, self.validation)))
 
     @functools.cached_property
     def standard(self) -> Inputs:
-        """Everything stored, standardised once for all rivals.
-
-        Training inputs are rounded to bf16 where the encoder computes in it: the head's products are then several
-        times faster, and the features know no better.
-        """
-        train, held, _, _ = self.raw(self.train.layout)
+        """All that rivals may read, standardised once for all of them."""
+        train, held, _, _ = self.raw(self.config.head_features or self.train.layout)
         mean, scale = train.mean(dim=0), 1 / train.std(dim=0).clamp_min(1e-6)
         for part in (train, held):
             part.sub_(mean).mul_(scale)
-        half = self.encoder.placement.precision == "bf16"
-        return Inputs(train.bfloat16() if half else train, held, mean, scale)
+        # In bf16 the head's products are several times faster, and the features of such an encoder know no better.
+        return Inputs(train.bfloat16() if self.encoder.placement.precision == "bf16" else train, held, mean, scale)
 
     def inputs(self, names: tuple[str, ...]) -> Inputs:
-        """What a head reads of `names`, standardised."""
-        places = [self.train.layout.index(name) for name in names]
-        width = self.encoder.hidden
-        if places == list(range(places[0], places[-1] + 1)):
-            return self.standard.part(slice(places[0] * width, (places[-1] + 1) * width))
-        return self.standard.part((torch.tensor(places)[:, None] * width + torch.arange(width)).flatten())
+        """What a head reads of `names`, neighbours among what rivals may read: standardised, and not copied."""
+        width, start = self.encoder.hidden, (self.config.head_features or self.train.layout).index(names[0])
+        return Inputs(*(part[..., start * width : (start + len(names)) * width] for part in self.standard))
 
-    def schedule(self, lr: float = 1e-3, weight_decay: float = 0.01) -> Schedule:
-        """The settings' schedule; what they leave open is filled in."""
+    def plan(self, guess: dict[str, float]) -> tuple[HeadSpec, Schedule]:
+        """A pooled head that reads nothing yet and how it is trained: as set, or else as guessed."""
         config = self.config
-        decay = weight_decay if config.weight_decay is None else config.weight_decay
-        return Schedule(config.epochs, config.lr or lr, decay, config.clip_norm, config.patience)
+        given = {"width": config.head_width, "lr": config.lr, "weight_decay": config.weight_decay}
+        plan = FIRST_GUESS | guess | {name: value for name, value in given.items() if value is not None}
+        epochs, lr, decay = config.epochs or HEAD_EPOCHS, plan["lr"], plan["weight_decay"]
+        schedule = Schedule(epochs, lr, decay, config.clip_norm, config.patience)
+        return HeadSpec((), int(plan["width"]), plan["dropout"]), schedule
 
 
 @dataclass(frozen=True)
@@ -131,12 +112,9 @@ class TrainedHead:
         with torch.inference_mode():
             return self.head(head_inputs(self.encoder, features, self.features))
 
-    def whole(self, names: Sequence[str]) -> PooledModel | Any:
-        """The encoder and the head as what a run folder holds."""
-        if isinstance(self.head, NativeHead):
-            return self.head.whole()
-        assert self.spec is not None
-        return pooled_model(self.encoder, self.head, self.spec, names)
+    def whole(self, names: Sequence[str]) -> Any:
+        """The encoder and the head as what a run folder holds: a `PooledModel` or a transformers model."""
+        return self.head.model.eval() if self.spec is None else pooled_model(self.encoder, self.head, self.spec, names)
 
     def description(self) -> dict[str, Any]:
         """What headstart.json says of the head."""
@@ -145,36 +123,15 @@ class TrainedHead:
         if self.spec is None:
             return {"kind": "native", **settings, "description": f"the architecture's own, {epoch}"}
         width = f"{self.spec.width} hidden units" if self.spec.width else "linear"
-        layers = ", ".join(name.removeprefix("mean-") for name in self.features if name.startswith("mean-"))
-        others = [name for name in self.features if not name.startswith("mean-")]
-        reads = " and ".join([*others, *([f"means of layers {layers}"] if layers else [])])
+        means = [name.removeprefix("mean-") for name in self.features if name.startswith("mean-")]
+        reads = [name for name in self.features if not name.startswith("mean-")]
+        reads += [f"means of layers {', '.join(means)}"] if means else []
         chosen = f"best of {self.tried} tried on validation data, " if self.tried > 1 else ""
-        words = f"pooled, {width}, on {reads}; {chosen}{epoch}"
+        words = f"pooled, {width}, on {' and '.join(reads)}; {chosen}{epoch}"
         return {"kind": "pooled", **asdict(self.spec), **settings, "description": words}
 
 
-def train_head(task: Task) -> TrainedHead:
-    """The head that the settings ask for, trained: native, as given by a recipe, or the best of many.
-
-    Raises:
-        InputError: `--trials` without optuna.
-    """
-    config = task.config
-    with one_thread():
-        if config.head != "native" and config.recipe != "article":
-            return pick_head(task)
-        with bar("training", config.epochs, "epochs") as advance:
-
-            def show(number: int, epoch: Epoch) -> bool:
-                losses = f"loss {epoch.train_loss:.3f}, validation {epoch.validation_loss:.3f}"
-                advance(1, f"{losses} ({epoch.validation_accuracy:.3f})")
-                return False
-
-            if config.head == "native":
-                return _fit(task, (native_feature(task.encoder),), None, task.schedule(), show)
-            features = config.head_features or ("pooler",)
-            spec = HeadSpec(features, config.head_width or 0, config.head_dropout, standardize=False)
-            return _fit(task, features, spec, task.schedule(), show)
+Attempt = Callable[[tuple[str, ...], tuple[HeadSpec, Schedule], Hopeless], TrainedHead]  # trains one rival
 
 
 @contextlib.contextmanager
@@ -188,48 +145,47 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@one_thread()
+def train_head(task: Task) -> TrainedHead:
+    """The head that the settings ask for, trained: native, as given by a recipe, or the best of many."""
+    config, (_, schedule) = task.config, task.plan(FIRST_GUESS)
+    if config.head != "native" and config.recipe != "article":
+        return pick_head(task)
+    with bar("training", schedule.epochs, "epochs") as advance:
+
+        def show(number: int, epoch: Epoch) -> bool:
+            advance(1, epoch.words())
+            return False
+
+        if config.head == "native":
+            return _fit(task, (native_feature(task.encoder),), None, schedule, show)
+        features = config.head_features or ("pooler",)
+        spec = HeadSpec(features, config.head_width or 0, config.head_dropout, standardize=False)
+        return _fit(task, features, spec, schedule, show)
+
+
 def _fit(
-    task: Task,
-    features: tuple[str, ...],
-    spec: HeadSpec | None,
-    schedule: Schedule,
-    on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
+    task: Task, features: tuple[str, ...], spec: HeadSpec | None, schedule: Schedule, stop: Hopeless = lambda *_: False
 ) -> TrainedHead:
     inputs = task.inputs(features) if spec is not None and spec.standardize else task.raw(features)
     weights = class_weights(task.train_labels, len(task.names), task.config.class_weight)
     truth = torch.from_numpy(task.validation_labels)
 
     def validate(model: nn.Module) -> tuple[float, float]:
-        logits = torch.cat([model(part) for part in inputs.held.split(8192)])
-        loss = nn.functional.cross_entropy(logits, truth, weight=weights)
-        return float(loss), float((logits.argmax(dim=1) == truth).float().mean())
+        return loss_and_accuracy(torch.cat([model(part) for part in inputs.held.split(8192)]), truth, weights)
 
     size = task.config.batch_size or min(512, max(32, len(task.train) // 8))
     batches = FeatureBatches(inputs.train, torch.from_numpy(task.train_labels), size, task.config.seed)
+    head: nn.Module
     if spec is None:
-        native = NativeHead(native_model(task.encoder, task.names, task.config.seed))
-        history = fit(native, batches, validate, schedule, weights, on_epoch)
-        return TrainedHead(task.encoder, native, features, spec, schedule, history)
-    head = new_head(inputs.train.shape[1], spec, len(task.names), task.config.seed)
-    history = fit(head.layers, batches, validate, schedule, weights, on_epoch)
-    head.mean.copy_(inputs.mean)
-    head.scale.copy_(inputs.scale)
+        head = trained = NativeHead(native_model(task.encoder, task.names, task.config.seed))
+    else:
+        head = new_head(inputs.train.shape[1], spec, len(task.names), task.config.seed)
+        head.mean.copy_(inputs.mean)
+        head.scale.copy_(inputs.scale)
+        trained = head.layers  # `inputs` come standardised
+    history = fit(trained, batches, validate, schedule, weights, stop)
     return TrainedHead(task.encoder, head, features, spec, schedule, history)
-
-
-# --- searching
-
-
-class Candidate(NamedTuple):
-    """A head to try: its features, its width, dropout, lr and weight_decay, and when to give it up."""
-
-    features: tuple[str, ...]
-    guess: dict[str, float]
-    hopeless: Callable[[int, Epoch], bool]
-
-
-Search = Generator[Candidate, TrainedHead, None]
-"""Yields candidates and is sent each one trained."""
 
 
 def layer_sets(layout: Sequence[str]) -> list[tuple[str, ...]]:
@@ -242,46 +198,47 @@ def layer_sets(layout: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def pick_head(task: Task) -> TrainedHead:
-    """Try many pooled heads and return the one with the lowest validation loss.
-
-    What the person has set (learning rate, layers, width, …) is kept; the rest is searched. Ctrl-C keeps the best
-    so far.
-    """
-    config = task.config
-    sample = task
+    """The best on validation of many pooled heads, in what the person has not set; Ctrl-C keeps the best so far."""
+    config, sample = task.config, task
     most = SEARCH_ROWS if config.trials is None else TRIAL_ROWS
     if len(task.train) > most:
         some = np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:most])
         sample = replace(task, train=task.train.take(some), train_labels=task.train_labels[some])
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
-    given = {"width": config.head_width, "lr": config.lr, "weight_decay": config.weight_decay}
-    fixed = {name: value for name, value in given.items() if value is not None}
-    search, count = ladder(sets, fixed) if config.trials is None else optuna_search(sets, fixed, config)
+    first, *refinements = dict.fromkeys(map(task.plan, (FIRST_GUESS, *REFINEMENTS)))  # each once
     tried: list[TrainedHead] = []
-    interrupted = False
-    with bar("trying heads", count, "heads") as advance:
+    with bar("trying heads", config.trials or len(sets) + len(sets[:2]) * len(refinements), "heads") as advance:
+
+        def attempt(features: tuple[str, ...], plan: tuple[HeadSpec, Schedule], hopeless: Hopeless) -> TrainedHead:
+            tried.append(_fit(sample, features, replace(plan[0], features=features), plan[1], hopeless))
+            advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
+            if tried[-1].history.interrupted:
+                raise KeyboardInterrupt
+            return tried[-1]
+
+        def behind(number: int, epoch: Epoch) -> bool:
+            if not tried or number + 1 not in PRUNE:
+                return False
+            lead = best_of(tried).history.epochs[: number + 1]
+            return epoch.validation_loss > PRUNE[number + 1] * min(one.validation_loss for one in lead)
+
         try:
-            candidate = next(search)
-            while True:
-                features, guess, hopeless = candidate
-                spec = HeadSpec(features, int(guess["width"]), guess["dropout"])
-                schedule = task.schedule(guess["lr"], guess["weight_decay"])
-                tried.append(_fit(sample, features, spec, schedule, hopeless))
-                advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
-                if interrupted := tried[-1].history.interrupted:
-                    break
-                candidate = search.send(tried[-1])
-        except StopIteration:
-            pass
+            if config.trials is not None:
+                optuna_search(sets, task, attempt)
+            else:
+                rivals = [attempt(features, first, behind) for features in sets]
+                for leader in sorted(rivals, key=lambda one: one.validation_loss)[:2]:
+                    for plan in refinements:
+                        attempt(leader.features, plan, behind)
         except KeyboardInterrupt:
             if not tried:
                 raise  # nothing to keep yet
-            interrupted = True
+            best = best_of(tried)
+            return replace(best, history=replace(best.history, interrupted=True), tried=len(tried))
     best = best_of(tried)
-    if sample is not task and not interrupted:
+    if sample is not task:
         best = _fit(task, best.features, best.spec, best.schedule)
-        interrupted = best.history.interrupted
-    return replace(best, history=replace(best.history, interrupted=interrupted), tried=len(tried))
+    return replace(best, tried=len(tried))
 
 
 def best_of(tried: Sequence[TrainedHead]) -> TrainedHead:
@@ -289,100 +246,60 @@ def best_of(tried: Sequence[TrainedHead]) -> TrainedHead:
     return min(tried, key=lambda one: one.validation_loss)
 
 
-def ladder(sets: Sequence[tuple[str, ...]], fixed: dict[str, float]) -> tuple[Search, int]:
-    """Each set of layers with a first guess, then refinements on the two best sets; and how many that is."""
-    guesses = [{**FIRST_GUESS, **change, **fixed} for change in ({}, *REFINEMENTS)]
-    first, *refinements = [guess for i, guess in enumerate(guesses) if guess not in guesses[:i]]
-    tried: list[TrainedHead] = []
-
-    def hopeless(number: int, epoch: Epoch) -> bool:
-        if not tried or number + 1 not in PRUNE:
-            return False
-        lead = best_of(tried).history.epochs[: number + 1]
-        return epoch.validation_loss > PRUNE[number + 1] * min(one.validation_loss for one in lead)
-
-    def search() -> Search:
-        for features in sets:
-            tried.append((yield Candidate(features, first, hopeless)))
-        for leader in sorted(tried, key=lambda one: one.validation_loss)[:2]:
-            for guess in refinements:
-                tried.append((yield Candidate(leader.features, guess, hopeless)))
-
-    return search(), len(sets) + min(2, len(sets)) * len(refinements)
-
-
-def optuna_search(sets: Sequence[tuple[str, ...]], fixed: dict[str, float], config: TrainConfig) -> tuple[Search, int]:
-    """`config.trials` candidates by optuna's TPE, weak ones stopped by successive halving (Li et al. 2018).
-
-    Raises:
-        InputError: optuna is not installed.
-    """
+def optuna_search(sets: Sequence[tuple[str, ...]], task: Task, attempt: Attempt) -> None:
+    """Try `--trials` heads by optuna's TPE, weak ones stopped by successive halving (Li et al. 2018)."""
     try:
         import optuna
     except ImportError as error:
         raise InputError("--trials needs optuna. Install it with: pip install 'headstart[tune]'") from error
-    assert config.trials is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=config.seed)
-    study = optuna.create_study(
-        sampler=sampler, pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    )
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=task.config.seed), pruner=pruner)
     study.enqueue_trial({"layers": len(sets) - 1, **FIRST_GUESS})
 
-    def search() -> Search:
-        for _ in range(config.trials or 0):
-            trial = study.ask()
-            guess = {
-                "width": trial.suggest_categorical("width", (0, 64, 128, 256)),
-                "dropout": trial.suggest_float("dropout", 0.0, 0.7),
-                "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
-                "weight_decay": trial.suggest_float("weight_decay", 1e-4, 10.0, log=True),
-            }
-            features = sets[trial.suggest_int("layers", 0, len(sets) - 1)]
+    def loss(trial: optuna.Trial) -> float:
+        guess = {
+            "width": trial.suggest_categorical("width", (0, 64, 128, 256)),
+            "dropout": trial.suggest_float("dropout", 0.0, 0.7),
+            "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
+            "weight_decay": trial.suggest_float("weight_decay", 1e-4, 10.0, log=True),
+        }
 
-            def hopeless(number: int, epoch: Epoch, trial: Any = trial) -> bool:
-                trial.report(epoch.validation_loss, number + 1)
-                return bool(trial.should_prune())
+        def hopeless(number: int, epoch: Epoch) -> bool:
+            trial.report(epoch.validation_loss, number + 1)
+            return trial.should_prune()
 
-            study.tell(trial, (yield Candidate(features, {**guess, **fixed}, hopeless)).validation_loss)
+        features = sets[trial.suggest_int("layers", 0, len(sets) - 1)]
+        return attempt(features, task.plan(guess), hopeless).validation_loss
 
-    return search(), config.trials
-
-
-# --- folds
+    study.optimize(loss, n_trials=task.config.trials)
 
 
 def in_folds(task: Task, head: TrainedHead, groups: NDArray[np.int64]) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """(n, labels) logits of each training text from a head like `head` that has not seen it, and (n,) its fold.
+    """(n, labels) logits of each training text from a `refit` that has not seen it, and (n,) its fold.
 
-    The head's features, settings and number of epochs are repeated in each fold; the task's validation part is not
-    used. Texts of one of the (n,) `groups`, such as copies, share a fold.
-
-    Raises:
-        InputError: a class has too few rows for so many folds.
+    Texts of one of the (n,) `groups`, such as copies, share a fold. The task's validation part is not used.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = task.config.folds or 5
-    if (least := int(np.bincount(task.train_labels).min())) < folds:
+    folds, texts, labels = task.config.folds or 5, task.train, task.train_labels
+    if (least := int(np.bincount(labels).min())) < folds:
         raise InputError(f"--folds {folds}: the rarest label has only {least} rows outside the test part.")
-    logits = torch.empty(len(task.train), len(task.names))
-    fold_of = np.empty(len(task.train), dtype=np.int64)
+    logits = torch.empty(len(texts), len(task.names))
+    fold_of = np.empty_like(labels)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=task.config.seed)
-    pairs = splitter.split(np.empty((len(task.train), 1)), task.train_labels, groups)
     with bar("folds", folds, "folds") as advance:
-        for number, (rest, held) in enumerate(pairs):
-            seen, unseen = task.train.take(rest), task.train.take(held)
-            labels = task.train_labels
-            fold = Task(task.encoder, seen, unseen, labels[rest], labels[held], task.names, task.config)
+        for number, (rest, held) in enumerate(splitter.split(np.empty((len(texts), 1)), labels, groups)):
+            parts = texts.take(rest), texts.take(held), labels[rest], labels[held]
+            fold = Task(task.encoder, *parts, task.names, task.config)
             logits[torch.from_numpy(held)] = refit(fold, head).logits(fold.validation)
             fold_of[held] = number
             advance(1, "")
     return logits, fold_of
 
 
+@one_thread()
 def refit(task: Task, head: TrainedHead) -> TrainedHead:
     """A head like `head`, trained on all of the task's training texts for as many epochs as `head` was best after."""
     schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None, keep="last")
-    with one_thread():
-        return replace(_fit(task, head.features, head.spec, schedule), tried=head.tried)
+    return replace(_fit(task, head.features, head.spec, schedule), tried=head.tried)

@@ -34,7 +34,7 @@ def exact() -> Encoder:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, _session_cache: None) -> Run:
-    return headstart.train("sample", out=str(tmp_path_factory.mktemp("real") / "run"))
+    return headstart.train("sample", thaw="0", out=str(tmp_path_factory.mktemp("real") / "run"))
 
 
 def vectors(encoder: Encoder, tokens: Tokens) -> NDArray[np.float32]:

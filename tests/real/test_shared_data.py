@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from transformers import pipeline
 
 import headstart
 
@@ -32,9 +33,8 @@ def trained(shared_data: Path, tmp_path: Path) -> Trained:
     def train(*data: str, **settings: Any) -> dict[str, Any]:
         names = ("data", "validation", "test")
         tables = {name: str(shared_data / file) for name, file in zip(names, data, strict=False) if file}
-        numbers: dict[str, Any] = headstart.train(
-            **tables, out=str(tmp_path / "run"), overwrite=True, **settings
-        ).metrics
+        given = {"thaw": "0", "out": str(tmp_path / "run"), "overwrite": True, **tables, **settings}
+        numbers: dict[str, Any] = headstart.train(**given).metrics
         return numbers
 
     return train
@@ -55,6 +55,16 @@ def test_frozen_features_beat_the_baseline(data: tuple[str, ...], floor: float, 
     again = trained(*data, head="native")
     assert again["features"]["encoded"] == 0
     assert again["features"]["reused"] == numbers["features"]["texts"]
+
+
+def test_fine_tuning_learns_and_is_a_plain_model(trained: Trained, tmp_path: Path) -> None:
+    numbers = trained("customer-reviews.csv", thaw="2")
+    assert numbers["test"]["accuracy"] >= 0.84
+    assert [stage["name"] for stage in numbers["stages"]] == ["head", "thaw-2"]
+    rows = pl.read_csv(tmp_path / "run" / "predictions.csv").head(40)
+    labels = [one["label"] for one in pipeline("text-classification", str(tmp_path / "run"))(rows["text"].to_list())]
+    agreeing = sum(one == other for one, other in zip(labels, rows["prediction"].to_list(), strict=True))
+    assert agreeing >= 39  # the run was scored in bf16 where the CPU has it
 
 
 def test_the_article_recipe_encodes_each_text_once_however_many_epochs(trained: Trained) -> None:
