@@ -196,8 +196,9 @@ def test_logits_and_gradients_are_transformers(family: str, depth: Any, task: Ca
     ids, mask = map(torch.from_numpy, given.tokens.padded(index, given.encoder.tokenizer.pad_id))
     inputs = texts.inputs(index)
     if texts.below is not None:
+        assert given.encoder.engine is not None
         with torch.inference_mode():
-            states = given.encoder.engine.states(ids, mask, texts.below)  # type: ignore[union-attr]
+            states = given.encoder.engine.states(ids, mask, texts.below)
         inputs = states.clone(), mask
     for parameter in plain.parameters():
         parameter.requires_grad_(requires_grad=True)
