@@ -24,7 +24,7 @@ fix: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/python docs/generate_cli.py docs/cli.md
 
-# Against its peers, on ../shared/data: about half an hour on two idle cores. One group: make bench ONLY=encode
+# Against its peers, on ../shared/data: about an hour on two idle cores. One group: make bench ONLY=encode
 bench: $(VENV)/.installed $(PEERS)/.installed
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(MAKE) bench-table)

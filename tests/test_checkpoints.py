@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.checkpoints import KEPT, MANIFEST, STATE, TENSORS, Checkpoints
-from headstart.errors import DiskError, InputError
+from headstart.checkpoints import KEPT, MANIFEST, STATE, TENSORS, Checkpoints, check_out
+from headstart.errors import DiskError, RunError
 
 
 def content(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -26,8 +26,8 @@ def content(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, {"epoch": step // 10, "done": step % 10, "losses": [0.1 + step, 1e-300, 1 / 3], "records": []}
 
 
-def written(folder: Path, *steps: int, key: str = "key") -> Checkpoints:
-    checkpoints = Checkpoints(folder, key, 10.0)
+def written(folder: Path, *steps: int) -> Checkpoints:
+    checkpoints = Checkpoints(folder, 10.0)
     for step in steps:
         checkpoints.save(step, *content(step))
     return checkpoints
@@ -57,16 +57,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     written(tmp_path, 17)
     assert names(tmp_path) == ["checkpoint-17"]
     assert names(tmp_path / "checkpoint-17") == sorted((TENSORS, STATE, MANIFEST))
-    again = Checkpoints(tmp_path, "key", 10.0)
-    assert_found(again, 17)
-    assert again.remarks == [f"Resumed from {tmp_path / 'checkpoint-17'} (epoch 2, 7 steps)."]
+    said: list[str] = []
+    assert_found(Checkpoints(tmp_path, 10.0, said.append), 17)
+    assert said == [f"Resumed from {tmp_path / 'checkpoint-17'} (epoch 2, 7 steps)."]
 
 
 def test_where_there_is_none_nothing_is_found(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        checkpoints = Checkpoints(folder, "key", 10.0)
-        assert checkpoints.newest() is None
-        assert checkpoints.remarks == []
+        said: list[str] = []
+        assert Checkpoints(folder, 10.0, said.append).newest() is None
+        assert said == []
 
 
 def test_the_newest_is_by_number_and_only_the_last_two_stay(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_the_newest_is_by_number_and_only_the_last_two_stay(tmp_path: Path) -> N
     (tmp_path / "checkpoint-x").mkdir()
     for steps in ((8,), (9,), (10,), (100,)):
         written(tmp_path, *steps)
-        assert_found(Checkpoints(tmp_path, "key", 10.0), *steps)
+        assert_found(Checkpoints(tmp_path, 10.0), *steps)
     assert KEPT == 2
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-plan.json", "checkpoint-x"]
 
 
 def test_a_step_written_again_takes_the_others_place(tmp_path: Path) -> None:
     written(tmp_path, 3, 4)
-    checkpoints = Checkpoints(tmp_path, "key", 10.0)
+    checkpoints = Checkpoints(tmp_path, 10.0)
     checkpoints.save(4, *content(5))
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
     assert_found(checkpoints, 5)
@@ -99,7 +99,7 @@ def test_clearing_leaves_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_one_is_due_after_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("headstart.checkpoints.time.monotonic", lambda: now)
-    checkpoints = Checkpoints(tmp_path, "key", 2.0)
+    checkpoints = Checkpoints(tmp_path, 2.0)
     assert not checkpoints.due()
     now += 119
     assert not checkpoints.due()
@@ -150,37 +150,46 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_one_is_passed_over_for_the_one_before(kind: str, tmp_path: Path) -> None:
     written(tmp_path, 12, 13)
     DAMAGE[kind](tmp_path / "checkpoint-13")
-    checkpoints = Checkpoints(tmp_path, "key", 10.0)
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, 10.0, said.append)
     assert_found(checkpoints, 12)
-    passed, resumed = checkpoints.remarks
+    passed, resumed = said
     assert passed.startswith(f"{tmp_path / 'checkpoint-13'}: passed over, it is damaged (")
     assert resumed.startswith(f"Resumed from {tmp_path / 'checkpoint-12'} ")
 
 
 def test_if_all_are_damaged_it_starts_anew(tmp_path: Path) -> None:
-    checkpoints = written(tmp_path, 1, 2)
+    written(tmp_path, 1, 2)
     flip(tmp_path / "checkpoint-1" / TENSORS)
     tear(tmp_path / "checkpoint-2" / MANIFEST)
-    assert checkpoints.newest() is None
-    assert len(checkpoints.remarks) == 2
+    said: list[str] = []
+    assert Checkpoints(tmp_path, 10.0, said.append).newest() is None
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("damaged", [(600,), (500, 600)])
+def test_those_that_were_passed_over_make_room_first(damaged: tuple[int, ...], tmp_path: Path) -> None:
+    checkpoints = written(tmp_path, 500, 600)
+    for step in damaged:
+        flip(tmp_path / f"checkpoint-{step}" / TENSORS)
+    steps = [510, 520] if damaged == (600,) else [10, 20]
+    for step in steps:
+        checkpoints.save(step, *content(step))
+        assert_found(Checkpoints(tmp_path, 10.0), step)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in steps]
+
+
+def test_what_a_kill_has_left_of_a_write_goes_with_the_next(tmp_path: Path) -> None:
+    checkpoints = written(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.12345678.tmp")
+    checkpoints.save(3, *content(3))
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_one_that_was_never_renamed_is_not_there(tmp_path: Path) -> None:
     written(tmp_path, 5)
     (tmp_path / "checkpoint-5").rename(tmp_path / ".checkpoint-9.12345678.tmp")
-    assert Checkpoints(tmp_path, "key", 10.0).newest() is None
-
-
-# --- of another run
-
-
-def test_one_of_another_run_is_refused_and_left(tmp_path: Path) -> None:
-    written(tmp_path, 6, 7)
-    other = Checkpoints(tmp_path, "another key", 10.0)
-    with pytest.raises(InputError, match=r"checkpoint-7: is of a run with other settings.*--overwrite"):
-        other.newest()
-    assert names(tmp_path) == ["checkpoint-6", "checkpoint-7"]
-    assert_found(Checkpoints(tmp_path, "key", 10.0), 7)
+    assert Checkpoints(tmp_path, 10.0).newest() is None
 
 
 # --- the disk
@@ -219,7 +228,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
                 written(tmp_path, 3)
         finally:
             tmp_path.chmod(0o755)
-    assert_found(Checkpoints(tmp_path, "key", 10.0), 2)
+    assert_found(Checkpoints(tmp_path, 10.0), 2)
 
 
 def test_the_manifest_is_of_the_files_as_they_are(tmp_path: Path) -> None:
@@ -229,3 +238,33 @@ def test_the_manifest_is_of_the_files_as_they_are(tmp_path: Path) -> None:
     place = tmp_path / "checkpoint-1"
     sums = json.loads((place / MANIFEST).read_text())
     assert sums == {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in (TENSORS, STATE)}
+
+
+# --- the output folder
+
+
+def test_an_output_folder_is_checked_before_any_work(tmp_path: Path) -> None:
+    check_out(tmp_path / "new" / "run", overwrite=False)
+    assert not (tmp_path / "new" / "run").exists()
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty", overwrite=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="is a file; --out takes a folder"):
+        check_out(tmp_path / "file", overwrite=False)
+    with pytest.raises(DiskError, match="a part of the path is missing or is no folder"):
+        check_out(tmp_path / "file" / "run", overwrite=False)
+    with pytest.raises(DiskError, match="name is too long"):
+        check_out(tmp_path / ("x" * 400), overwrite=False)
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten_by_chance(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"is not empty\. Choose another --out, or replace it with --overwrite"):
+        check_out(tmp_path, overwrite=False)
+    with pytest.raises(RunError, match=r"is not a run folder \(no headstart.json\), so --overwrite does not replace"):
+        check_out(tmp_path, overwrite=True)
+    (tmp_path / "headstart.json").write_text("{}")
+    check_out(tmp_path, overwrite=True)
+    with pytest.raises(RunError, match="is not empty"):
+        check_out(tmp_path, overwrite=False)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +22,7 @@ import pytest
 import typer.main
 
 from headstart import config
-from headstart.cli import app, main, whole_number
+from headstart.cli import app, main
 from headstart.errors import InputError
 from headstart.predict import load as load_predictor
 from tests.conftest import SMALL_ROWS, write_csv
@@ -106,7 +107,7 @@ HF_NAMES = {
 NO_HF_NAME = {
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
     *("--trials", "--folds", "--time-budget", "--dry-run", "--no-store", "--checkpoint-minutes", "--keep-checkpoints"),
-    "--config",
+    *("--config", "--selfcheck-resume"),
     *("--input", "--output", "--png"),
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
@@ -183,7 +184,11 @@ def test_every_option_says_what_it_does() -> None:
 
 def test_every_option_of_train_is_a_setting() -> None:
     fields = {field.name for field in dataclasses.fields(config.TrainConfig)}
-    assert {setting for command, setting, _, _ in OPTIONS if command == "train"} - {"config", "no_store"} <= fields
+    assert {setting for command, setting, _, _ in OPTIONS if command == "train"} - {
+        "config",
+        "no_store",
+        "selfcheck_resume",
+    } <= fields
 
 
 def test_settings_reach_the_run(run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
@@ -221,14 +226,25 @@ def test_auto_length_is_the_advice_also_in_the_article_recipe(run: Run, tiny_ber
 
 
 @pytest.mark.parametrize(("value", "number"), [(None, None), ("auto", "auto"), ("17", 17)])
-def test_whole_number(value: str | None, number: object) -> None:
-    assert whole_number("--max-length", value, "auto") == number
+def test_a_length_is_a_whole_number_or_auto(
+    run: Run, monkeypatch: pytest.MonkeyPatch, value: str | None, number: object
+) -> None:
+    asked: list[object] = []
+
+    def settings(data: str, **given: object) -> None:
+        asked.append(given.get("max_length"))
+        raise InputError("enough")
+
+    monkeypatch.setattr("headstart.cli.settings", settings)
+    run("train", "t.csv", *(() if value is None else ("--max-length", value)))
+    assert asked == [number]
 
 
 @pytest.mark.parametrize("value", ["", "x", "-5", "1.5", "²", "seventeen"])
-def test_whole_number_refuses(value: str) -> None:
-    with pytest.raises(InputError, match="--max-length takes auto or a whole number"):
-        whole_number("--max-length", value, "auto")
+def test_another_length_is_refused(run: Run, value: str) -> None:
+    ended = run("train", "t.csv", "--max-length", value)
+    assert ended.code == 2
+    assert f"--max-length takes auto or a whole number, not {value!r}." in ended.err
 
 
 # --- nothing heavy before it is needed
@@ -907,11 +923,28 @@ def copies(folder: Path, times: int) -> Path:
 
 
 @posix
-def test_ctrl_c_before_anything_is_kept(tiny_bert: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_first_epoch_keeps_what_has_been_learnt(tiny_bert: Path, tmp_path: Path) -> None:
     data = copies(tmp_path, 20_000)  # the first epoch takes 84,000 steps
     arguments = ["train", data, "--recipe", "article", "--model", tiny_bert, "--batch-size", 1, "--out", tmp_path / "r"]
     with on_a_terminal(arguments, tmp_path) as (process, read_until):
-        assert "training" in read_until("training")
+        assert "steps/s" in read_until("steps/s")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        end = read_until("the end")
+    assert process.returncode == 130
+    assert "Ctrl-C: training ended early; the best so far was tested and saved." in end
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copies.csv", "r"]
+
+
+@posix
+def test_ctrl_c_before_anything_is_kept(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [(f"the film was great {i}", str(i % 2)) for i in range(60_000)]
+    data = write_csv(tmp_path / "many.csv", rows)
+    with on_a_terminal(["train", data, "--model", tiny_bert, "--out", tmp_path / "r"], tmp_path) as (
+        process,
+        read_until,
+    ):
+        assert "tokenizing" in read_until("tokenizing")
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
         end = read_until("the end")
@@ -919,7 +952,7 @@ def test_ctrl_c_before_anything_is_kept(tiny_bert: Path, tmp_path: Path) -> None
     assert out == b""
     assert "headstart: interrupted; nothing was kept." in end
     assert "Traceback" not in end
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copies.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.csv"]
 
 
 @posix
@@ -1011,21 +1044,141 @@ def same_result(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+KILLS = """
+import json, os, random, signal, sys, threading, time
+from pathlib import Path
+import headstart.run, headstart.thaw, transformers.models.bert.modeling_bert
+from headstart.cli import main
+
+def killer(out, inside):
+    before = set(out.glob("checkpoint-*/"))
+    while set(out.glob("checkpoint-*/")) <= before:
+        time.sleep(0.0005)
+    if inside:
+        while not list(out.glob(".checkpoint-*.tmp")):
+            time.sleep(0.0002)
+    time.sleep(random.uniform(0, 0.003 if inside else 0.12))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+arguments, kills, seed = json.loads(sys.argv[1])
+random.seed(seed)
+killed = inside = finished = 0
+while killed < kills or Path(f"r{finished}").exists():
+    out, write, last = Path(f"r{finished}"), random.random() < 0.5, killed >= kills
+    process = os.fork()
+    if process == 0:
+        if not last:
+            threading.Thread(target=killer, args=(out, write), daemon=True).start()
+        main([*arguments, "--out", str(out), "--resume"])
+    ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if ended not in (0, -signal.SIGKILL):
+        sys.exit(f"a run ended with {ended}")
+    killed, finished = killed + (ended != 0), finished + (ended == 0)
+    inside += ended != 0 and any(out.glob(".checkpoint-*.tmp"))
+print(json.dumps([killed, inside, finished]))
+"""
+
+
 @posix
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_bytes(
-    fine_run: Path, tiny_bert: Path, fine_table: Path, tmp_path: Path
+    kills: int, fine_run: Path, tiny_bert: Path, fine_table: Path, tmp_path: Path
 ) -> None:
-    often = [*fine(fine_table, tiny_bert, "r"), "--checkpoint-minutes", "0.0001", "--resume"]
-    moments = np.random.default_rng().uniform(0, 0.12, size=6).tolist()
-    lives = [(often, moment, int(signal.SIGKILL)) for moment in moments]
-    ends, said = live(tmp_path, *lives, (often, 0.0, 0), (often, 0.0, 0))
-    assert set(ends[:6]) <= {-signal.SIGKILL, 0}, (moments, ends, said)
-    assert -signal.SIGKILL in ends[:6], "none of them was killed"
-    assert ends[6:] == [0, 0], (moments, said)
-    assert "Resumed from r/checkpoint-" in said, moments
-    assert said.splitlines()[-1] == "r: is finished; nothing is left to resume."
-    assert same_result(tmp_path / "r", fine_run), moments
-    assert not list((tmp_path / "r").glob("checkpoint*")), "nothing of the checkpoints is left"
+    arguments = ["train", fine_table, "--model", tiny_bert, *FINE, "--checkpoint-minutes", "0.0001"]
+    seed = int(np.random.default_rng().integers(2**32))
+    told = json.dumps([list(map(str, arguments)), kills, seed])
+    environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, told], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, (seed, done.stderr)
+    killed, inside, finished = json.loads(done.stdout.splitlines()[-1])
+    assert (killed, inside > 0, finished > 0) == (kills, True, True), (seed, done.stdout.splitlines()[-1])
+    assert "Resumed from r0/checkpoint-" in done.stderr, seed
+    for number in range(finished):
+        assert same_result(tmp_path / f"r{number}", fine_run), (seed, number)
+    assert not list(tmp_path.rglob("*checkpoint*")), "nothing of the checkpoints is left"
+
+
+@posix
+@pytest.mark.parametrize("damage", ["cut short", "one bit"])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_resumed(
+    damage: str, run: Run, fine_run: Path, tiny_bert: Path, fine_table: Path, tmp_path: Path
+) -> None:
+    arguments = [*fine(fine_table, tiny_bert, "r"), "--checkpoint-minutes", "0.0001"]
+    assert live(tmp_path, (arguments, 0.05, int(signal.SIGTERM)))[0] == [143]
+    before, newest = sorted((tmp_path / "r").glob("checkpoint-*/"), key=lambda place: int(place.name[11:]))
+    file = newest / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content[:-100] if damage == "cut short" else content)
+    resumed = run(*arguments, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert f"r/{newest.name}: passed over, it is damaged (state.safetensors is not as it was written)." in resumed.err
+    assert f"Resumed from r/{before.name} " in resumed.err
+    assert same_result(tmp_path / "r", fine_run)
+
+
+@posix
+def test_a_full_disk_while_checkpointing_leaves_the_last_good_one(
+    run: Run, fine_run: Path, tiny_bert: Path, fine_table: Path, tmp_path: Path
+) -> None:
+    import resource
+
+    arguments = [*fine(fine_table, tiny_bert, "r"), "--checkpoint-minutes", "0.0001"]
+    assert live(tmp_path, (arguments, 0.01, int(signal.SIGTERM)))[0] == [143]
+    before = tree(tmp_path / "r")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        ended = run(*arguments, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.code == 2
+    assert ": the disk is full. Free some space" in ended.err.splitlines()[-1]
+    assert "/checkpoint-" in ended.err.splitlines()[-1]
+    assert tree(tmp_path / "r") == before
+    assert run(*arguments, "--resume").code == 0
+    assert same_result(tmp_path / "r", fine_run)
+
+
+@posix
+def test_ctrl_c_while_fine_tuning_keeps_tests_and_saves_the_best_so_far(
+    run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", small_table, "--model", tiny_bert, "--out", "r", "--thaw", "all", "--epochs", 10**6]
+    with on_a_terminal(arguments, tmp_path) as (process, read_until):
+        assert "fine-tuning" in read_until("fine-tuning")
+        while not list((tmp_path / "r").glob("checkpoint-*/")):  # at an epoch's end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        end = read_until("the end")
+    assert process.returncode == 130, end
+    assert "Ctrl-C: training ended early; the best so far was tested and saved." in end
+    assert "fine-tuned with all layers" in out.decode()
+    info = json.loads((tmp_path / "r" / "headstart.json").read_text())
+    assert (info["interrupted"], info["thaw"]["kept"]) == (True, "all")
+    again = run("train", small_table, "--config", "r/headstart.json", "--out", "again")
+    assert again.code == 0, again.err
+    assert same_result(tmp_path / "again", tmp_path / "r"), "also cut short where it was"
+
+
+@posix
+def test_ctrl_c_before_a_resumed_run_has_come_to_its_checkpoint_leaves_it(
+    tiny_bert: Path, fine_run: Path, fine_table: Path, tmp_path: Path
+) -> None:
+    arguments = [*fine(fine_table, tiny_bert, "r"), "--checkpoint-minutes", "0.0001", "--thaw", "auto"]
+    assert live(tmp_path, (arguments, 0.01, int(signal.SIGTERM)))[0] == [143]
+    before = tree(tmp_path / "r")
+    with on_a_terminal([*arguments, "--resume"], tmp_path) as (process, read_until):
+        assert "best loss" in read_until("best loss")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        end = read_until("the end")
+    assert process.returncode == 130, end
+    assert "Ctrl-C: the checkpoints in r are left as they are; --resume goes on from the newest." in end
+    assert tree(tmp_path / "r") == before
 
 
 @posix
@@ -1048,7 +1201,7 @@ def test_sigterm_ends_with_143_and_an_unfinished_run_is_not_overwritten_by_chanc
     )
     other = run(*arguments, "--resume", "--seed", 5)
     assert other.code == 2
-    assert "is of a run with other settings, data or versions" in other.err
+    assert "holds a run with other settings, data or versions that has not ended" in other.err
     assert tree(tmp_path / "r") == before
     resumed = run(*arguments, "--resume")
     assert resumed.code == 0, resumed.err
@@ -1077,7 +1230,9 @@ def test_a_run_is_repeated_from_its_settings(run: Run, fine_run: Path, fine_tabl
 
 def test_what_a_fine_tuned_run_says_of_itself(fine_run: Path) -> None:
     info, metrics = (json.loads((fine_run / name).read_text()) for name in ("headstart.json", "metrics.json"))
-    assert (info["thaw"]["depth"], info["thaw"]["kept"], info["thaw"]["reason"]) == ("all", "all", "as asked")
+    assert (info["thaw"]["depth"], info["thaw"]["kept"], info["thaw"]["reason"]) == (
+        *("all", "all", "all layers and the embeddings, as asked"),
+    )
     assert [stage["name"] for stage in metrics["stages"]] == ["head", "thaw-all"]
     assert metrics["stages"][1]["epochs"] == len(info["history"])
     assert info["head"]["kind"] == "native"
@@ -1123,11 +1278,13 @@ def test_auto_thaws_what_fits_and_keeps_it_only_if_it_is_better(
     assert ended.code == 0, ended.err
     info, metrics = (json.loads((tmp_path / "r" / f"{name}.json").read_text()) for name in ("headstart", "metrics"))
     assert info["thaw"]["depth"] == "all"
-    assert info["thaw"]["reason"] == "the deepest predicted to fit 600 s"
+    assert info["thaw"]["reason"].startswith("all layers and the embeddings, the deepest that fits 600 s (")
     assert [cost["depth"] for cost in info["thaw"]["costs"]] == [1, 2, 3, "all"]
     head, tuned = metrics["stages"]
     assert tuned["name"] == "thaw-all"
-    assert "Thaw      all layers and the embeddings: the deepest predicted to fit 600 s" in ended.err
+    assert f"Thaw      {info['thaw']['reason']}" in ended.err.splitlines()
+    last = next(line for line in ended.err.splitlines() if line.startswith("Thawed "))
+    assert last.endswith("not kept" if info["thaw"]["kept"] == "0" else ": kept")
     kept = metrics["validation"]["accuracy"]
     assert kept == max(head["validation_accuracy"], tuned["validation_accuracy"])
     if head["validation_accuracy"] != tuned["validation_accuracy"]:
@@ -1136,7 +1293,8 @@ def test_auto_thaws_what_fits_and_keeps_it_only_if_it_is_better(
     assert ended.code == 0, ended.err
     info = json.loads((tmp_path / "none" / "headstart.json").read_text())
     assert (info["thaw"]["depth"], info["thaw"]["kept"]) == ("0", "0")
-    assert info["thaw"]["reason"] == "no depth fits the budget"
+    assert info["thaw"]["reason"] == "nothing: no depth fits 0 s and the memory and disk that are free"
+    assert f"Thaw      {info['thaw']['reason']}" in ended.err.splitlines()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["none", "r", "small.csv"]
 
 

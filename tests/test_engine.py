@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from headstart import modeling_headstart
@@ -409,25 +408,52 @@ def test_without_a_pooler_there_is_no_pooled_output(tiny: Callable[[str], Tiny])
         pooled_output(tiny("distilbert").weights, torch.zeros(1, 32))
 
 
+@pytest.mark.parametrize("width", [0, 5])
+def test_a_pooled_head_is_standardise_then_linear(width: int) -> None:
+    torch.manual_seed(0)
+    head = PooledHead(4, width, 3, dropout=0.5).eval()
+    head.mean.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    head.scale.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    x = torch.randn(6, 4)
+    z = ((x - head.mean) * head.scale).numpy()
+    if width:
+        z = np.maximum(z @ head.layers[0].weight.detach().numpy().T + head.layers[0].bias.detach().numpy(), 0)
+    expected = z @ head.layers[-1].weight.detach().numpy().T + head.layers[-1].bias.detach().numpy()
+    np.testing.assert_allclose(head(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_for_a_hidden_layer_only() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    linear, hidden = PooledHead(4, 0, 2, dropout=0.9).train(), PooledHead(4, 64, 2, dropout=0.9).train()
+    assert torch.equal(linear(x), linear(x))
+    assert not torch.equal(hidden(x), hidden(x))
+
+
 @pytest.mark.parametrize("width", [0, 6])
-def test_the_two_pooled_heads_are_twins(width: int) -> None:
-    """The same seed gives both the same weights under the same names, and the same logits, also with dropout on."""
-
-    def made(kind: Callable[..., nn.Module]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        torch.manual_seed(1)
-        head = kind(8, width, 3, 0.5)
-        head.get_buffer("mean").normal_()
-        head.get_buffer("scale").uniform_(0.5, 2)
-        inputs = torch.randn(5, 8)
-        return head.state_dict(), [head.train()(inputs), head.eval()(inputs)]
-
-    state, logits = made(PooledHead)
-    twin_state, twin_logits = made(modeling_headstart.PooledHead)
-    assert list(state) == list(twin_state)
+def test_the_model_code_in_a_run_folder_has_the_same_head(width: int, bert: Tiny) -> None:
+    """The same weights under the same names, and the same logits, also with dropout on."""
+    settings: dict[str, Any] = {"head_features": ("mean-1", "cls"), "head_width": width, "head_dropout": 0.5}
+    config = modeling_headstart.HeadstartConfig(encoder=bert.config, num_labels=3, **settings)
+    model = modeling_headstart.HeadstartForSequenceClassification(config).eval()
+    model.head.mean.normal_()
+    model.head.scale.uniform_(0.5, 2)
+    head, state = PooledHead(2 * 32, width, 3, 0.5), model.head.state_dict()
+    assert list(state) == list(head.state_dict())
     assert ("layers.3.weight" in state) == (width > 0)
-    assert all(torch.equal(state[name], twin_state[name]) for name in state)
-    assert all(torch.equal(one, other) for one, other in zip(logits, twin_logits, strict=True))
-    assert torch.equal(logits[0], logits[1]) == (width == 0), "dropout is for a hidden layer only"
+    head.load_state_dict(state)
+    ids, mask = batch(0)
+    logits = []
+    with torch.inference_mode():
+        states = model.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        inputs = modeling_headstart.pool(states, mask, settings["head_features"]).flatten(1)
+        for training in (True, False):
+            torch.manual_seed(1)
+            logits.append(head.train(training)(inputs))
+            model.head.train(training)
+            torch.manual_seed(1)
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, logits[-1])
+    assert torch.equal(*logits) == (width == 0), "dropout is for a hidden layer only"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ from headstart import features
 from headstart.config import CACHE_MAX_BYTES, FEATURE_BYTES_PER_TEXT
 from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder, stored_layout
 from headstart.errors import DiskError, InputError
-from headstart.features import Features, cache_info, clear_cache, frozen_features, shelf_for, text_keys
+from headstart.features import Features, Shelf, cache_info, clear_cache, frozen_features, text_keys
 
 CPU = choose_placement("cpu", "fp32")
 TEXTS = tuple(f"the {noun} was {word} {i}" for i in range(4) for noun in ("film", "soup") for word in ("great", "rude"))
@@ -44,6 +44,11 @@ def features_of(encoder: Encoder, texts: Sequence[str], max_length: int = 64) ->
     return frozen_features(encoder, encoder.tokenizer.truncate(encoder.tokenizer(texts), max_length))
 
 
+def values_of(features: Features) -> NDArray[np.float16]:
+    """(n, vectors, hidden)."""
+    return features.distinct[features.rows]
+
+
 @contextmanager
 def store_in(folder: Path) -> Iterator[Path]:
     """Another, or an empty, store for the block."""
@@ -57,7 +62,7 @@ def fresh(encoder: Encoder, texts: Sequence[str], folder: Path) -> NDArray[np.fl
     with store_in(folder):
         found = features_of(encoder, texts)
     assert found.reused == 0
-    return found.values
+    return values_of(found)
 
 
 def assert_same(got: NDArray[Any], expected: NDArray[Any]) -> None:
@@ -80,20 +85,20 @@ def test_cached_is_uncached_for_each_family(family: str, tiny_models: Callable[[
     shutil.copytree(tiny_models(family), tmp_path / "m")
     with_other_weights(tmp_path / "m")
     impostor = load_encoder(str(tmp_path / "m"), CPU)
-    assert np.abs(fresh(impostor, TEXTS, tmp_path / "other").astype(float) - first.values).max() > 0.01
+    assert np.abs(fresh(impostor, TEXTS, tmp_path / "other").astype(float) - values_of(first)).max() > 0.01
     second = features_of(replace(impostor, fingerprint=encoder.fingerprint), TEXTS[::-1])
-    np.testing.assert_array_equal(second.values[::-1], first.values)
+    np.testing.assert_array_equal(values_of(second)[::-1], values_of(first))
     assert (first.encoded, first.reused, len(first.distinct)) == (len(TEXTS), 0, len(TEXTS))
     assert (second.encoded, second.reused, len(second.distinct)) == (0, len(TEXTS), len(TEXTS))
     assert not second.warnings
-    assert np.abs(first.values).max() > 0
+    assert np.abs(values_of(first)).max() > 0
 
 
 def test_the_same_encoder_loaded_again_finds_what_was_stored(encoder: Encoder, tiny_bert: Path) -> None:
     stored = features_of(encoder, TEXTS)
     again = features_of(load_encoder(str(tiny_bert), CPU), TEXTS)
     assert again.encoded == 0
-    np.testing.assert_array_equal(again.values, stored.values)
+    np.testing.assert_array_equal(values_of(again), values_of(stored))
 
 
 words = st.sampled_from(("the", "film", "was", "superb", "rude", "not", "zebra", "quiz", "!", "9"))
@@ -114,21 +119,21 @@ def test_any_calls_in_any_order_give_the_encoders_answers(
             assert len(got.distinct) == len(distinct)
             assert got.encoded == len(distinct - seen)
             assert got.reused == len(distinct & seen)
-            assert got.values.shape == (len(texts), 5, 32)
+            assert values_of(got).shape == (len(texts), 5, 32)
             assert got.distinct.nbytes == len(distinct) * 5 * 32 * 2
             assert not got.warnings
             seen |= distinct
             with store_in(tmp_path_factory.mktemp("empty")):
-                assert_same(got.values, frozen_features(encoder, tokens).values)
+                assert_same(values_of(got), values_of(frozen_features(encoder, tokens)))
         assert cache_info().texts == len(seen)
 
 
 def test_a_text_that_occurs_often_is_stored_once(encoder: Encoder) -> None:
     got = features_of(encoder, ["the film was superb", "the soup was rude"] * 50)
     assert (len(got.distinct), got.encoded, cache_info().texts) == (2, 2, 2)
-    assert (got.values[::2] == got.values[0]).all()
-    assert (got.values[1::2] == got.values[1]).all()
-    assert not (got.values[0] == got.values[1]).all()
+    assert (values_of(got)[::2] == values_of(got)[0]).all()
+    assert (values_of(got)[1::2] == values_of(got)[1]).all()
+    assert not (values_of(got)[0] == values_of(got)[1]).all()
 
 
 # --- the key holds what changes the answer, and no more
@@ -171,20 +176,20 @@ def test_a_changed_encoder_is_another(
     change(folder)
     after = features_of(load_encoder(str(folder), CPU), ["the film was superb"])
     assert after.encoded == 1
-    assert np.abs(after.values.astype(float) - before.values.astype(float)).max() > 1e-2
+    assert np.abs(values_of(after).astype(float) - values_of(before).astype(float)).max() > 1e-2
 
 
 def test_another_precision_is_another(tiny_bert: Path) -> None:
     exact = features_of(load_encoder(str(tiny_bert), CPU), TEXTS)
     coarse = features_of(load_encoder(str(tiny_bert), choose_placement("cpu", "bf16")), TEXTS)
     assert coarse.encoded == len(TEXTS)
-    assert (coarse.values != exact.values).any()
+    assert (values_of(coarse) != values_of(exact)).any()
     assert features_of(load_encoder(str(tiny_bert), CPU), TEXTS).encoded == 0
 
 
 def test_another_layout_is_another_shelf(encoder: Encoder) -> None:
     layouts = [("cls",), ("mean-1",), ("cls", "mean-1"), ("mean-1", "cls"), stored_layout(encoder)]
-    assert len({shelf_for(encoder, layout).folder for layout in layouts}) == len(layouts)
+    assert len({Shelf(encoder, layout).folder for layout in layouts}) == len(layouts)
 
 
 def test_max_length_matters_only_where_it_cuts(encoder: Encoder) -> None:
@@ -247,13 +252,13 @@ def test_a_torn_segment_is_never_read(
     got, again = after_damage(
         encoder, store, tmp_path_factory.mktemp("torn"), lambda whole: whole[: int(share * len(whole))]
     )
-    assert_same(got.values, expected)
+    assert_same(values_of(got), expected)
     assert got.encoded == len(TEXTS)
     assert len(got.warnings) == 1
     assert "cannot be read" in got.warnings[0]
     assert "encoded again" in got.warnings[0]
     assert (again.encoded, again.warnings) == (0, ())
-    np.testing.assert_array_equal(again.values, got.values)
+    np.testing.assert_array_equal(values_of(again), values_of(got))
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -277,14 +282,14 @@ def test_a_flipped_bit_is_never_believed(
         return content[:offset] + bytes([content[offset] ^ 1 << bit]) + content[offset + 1 :]
 
     got, again = after_damage(encoder, store, tmp_path_factory.mktemp("flipped"), flip)
-    assert_same(got.values, expected)
+    assert_same(values_of(got), expected)
     first, last = (header["data"] + end for end in header["values"]["data_offsets"])
     if part == "data":
         assert got.encoded == 1, "one row is damaged, and only that one is computed again"
     if first <= offset < last:
         assert "has 1 damaged row;" in got.warnings[0]
     assert again.warnings == ()
-    assert_same(again.values, expected)
+    assert_same(values_of(again), expected)
 
 
 def test_more_than_one_damaged_row(
@@ -295,7 +300,7 @@ def test_more_than_one_damaged_row(
         return whole[:start] + bytes(100) + whole[start + 100 : start + 320] + bytes(100) + whole[start + 420 :]
 
     got, again = after_damage(encoder, pristine[0], tmp_path, blank_the_end)
-    assert_same(got.values, pristine[1])
+    assert_same(values_of(got), pristine[1])
     assert got.encoded == 2
     assert "has 2 damaged rows; those texts are encoded again" in got.warnings[0]
     assert again.warnings == ()
@@ -306,8 +311,8 @@ def test_something_else_in_a_segments_place(
     what: bytes | None, encoder: Encoder, pristine: tuple[Path, NDArray[np.float16]], tmp_path: Path
 ) -> None:
     got, again = after_damage(encoder, pristine[0], tmp_path, lambda whole: what)
-    assert_same(got.values, pristine[1])
-    assert_same(again.values, pristine[1])
+    assert_same(values_of(got), pristine[1])
+    assert_same(values_of(again), pristine[1])
     assert (got.encoded, len(got.warnings), again.encoded) == (len(TEXTS), 1, 0)
 
 
@@ -355,7 +360,7 @@ def test_a_killed_process_leaves_a_sound_store(
         assert got.reused >= done, "what it said was stored is stored"
         assert got.reused % 8 == 0, "a call's texts are stored all or not at all"
         assert got.warnings == ()
-        assert_same(got.values, expected)
+        assert_same(values_of(got), expected)
         assert features_of(encoder, many_texts()).encoded == 0
         if got.encoded:
             assert not list(cache_dir.rglob("*.tmp")), "the next writer clears what the killed one left"
@@ -372,7 +377,7 @@ def fill_at_once(cache: str, cap: int, model: str, order: list[int], start: Any,
     for at in range(0, len(order), 10):
         part = features_of(encoder, [texts[i] for i in order[at : at + 10]])
         assert part.warnings == ()
-        parts.append(part.values)
+        parts.append(values_of(part))
     values = np.empty((120, *parts[0].shape[1:]), dtype=np.float16)
     values[order] = np.concatenate(parts)
     np.save(result, values)
@@ -419,7 +424,7 @@ def test_processes_share_a_store(
     assert cache_info().bytes <= cap
     after = features_of(encoder, many_texts(120))
     assert after.warnings == ()
-    assert_same(after.values, expected)
+    assert_same(values_of(after), expected)
     if disturbance == "none":
         assert after.encoded == 0
 
@@ -453,7 +458,7 @@ def test_the_cap_holds_over_all_encoders(
     for i in range(6):
         for one in (encoder, other):
             texts = [f"the film was {i} {j}" for j in range(8)]
-            assert_same(features_of(one, texts).values, features_of(one, texts).values)
+            assert_same(values_of(features_of(one, texts)), values_of(features_of(one, texts)))
             assert 0 < cache_info().bytes <= 9000
 
 
@@ -465,7 +470,7 @@ def test_a_cap_below_one_segment_keeps_nothing_and_still_answers(
     for _ in range(2):
         got = features_of(encoder, TEXTS)
         assert got.encoded == len(TEXTS)
-        assert_same(got.values, expected)
+        assert_same(values_of(got), expected)
     assert cache_info().texts == 0
 
 
@@ -481,7 +486,7 @@ def test_a_bert_base_takes_at_most_8_kb_a_text(encoder: Encoder) -> None:
 
     base = replace(encoder, config=BertConfig())  # the shape alone: no weights are made
     layout = stored_layout(base)
-    shelf = shelf_for(base, layout)
+    shelf = Shelf(base, layout)
     keys = text_keys(encoder.tokenizer(many_texts(100)))
     values = np.random.default_rng(0).normal(size=(100, len(layout), 768)).astype(np.float16)
     shelf.append(keys, values)
@@ -578,14 +583,14 @@ def test_what_would_fill_memory_is_mapped_from_disk(
     monkeypatch.setattr("headstart.features.IN_MEMORY_SHARE", 0.0)
     mapped = features_of(encoder, TEXTS)
     assert isinstance(mapped.distinct, np.memmap)
-    np.testing.assert_array_equal(mapped.values, plain.values)
-    np.testing.assert_array_equal(mapped.columns(("mean-1", "cls")), plain.values[:, [2, 0]].astype(np.float32))
+    np.testing.assert_array_equal(values_of(mapped), values_of(plain))
+    np.testing.assert_array_equal(mapped.columns(("mean-1", "cls")), values_of(plain)[:, [2, 0]].astype(np.float32))
     assert {path.suffix for path in cache_dir.rglob("*") if path.is_file()} <= {".safetensors", ""}, "it has no name"
 
 
 def test_part_of_the_features_is_those_texts(encoder: Encoder) -> None:
     whole = features_of(encoder, [*TEXTS, TEXTS[0]])
     part = whole.take(np.array([len(TEXTS), 1]))
-    np.testing.assert_array_equal(part.values, whole.values[[0, 1]])
+    np.testing.assert_array_equal(values_of(part), values_of(whole)[[0, 1]])
     assert len(part) == 2
     assert part.cost() == whole.cost()

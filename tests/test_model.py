@@ -1,19 +1,14 @@
 """Heads on stored features against the whole models they become; the run folder, whole or absent."""
 
-import contextlib
 import dataclasses
-import errno
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import stat
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +18,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from headstart import config, model, predict, trials
+from headstart import config, predict, trials
 from headstart.config import Precision
 from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder
 from headstart.engine import PooledHead
-from headstart.errors import DiskError, ModelError, RunError
+from headstart.errors import ModelError, RunError
 from headstart.features import Features, frozen_features
-from headstart.model import (
-    HeadSpec,
-    check_out,
-    head_inputs,
-    native_feature,
-    native_model,
-    new_folder,
-    new_head,
-    pooled_model,
-    save_model,
-)
+from headstart.folders import new_folder
+from headstart.model import HeadSpec, head_inputs, native_feature, native_model, new_head, pooled_model, save_model
 from headstart.predict import Predictor
 
 CPU = choose_placement("cpu", "fp32")
@@ -53,9 +39,6 @@ TEXTS = [
 ]
 CLOSE = {"rtol": 2e-3, "atol": 1e-2}
 """Features are kept in half precision, 11 bits: over a head's 32 to 64 inputs that is a few thousandths of a logit."""
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["headstart.model"])
 
 
 def stored(encoder: Encoder) -> Features:
@@ -234,188 +217,11 @@ def test_an_architecture_without_a_head_of_its_own_says_so(tiny_models: Callable
         native_model(encoder, NAMES, 0)
 
 
-# --- the output folder
-
-
-def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "run"
-    with pytest.raises(RuntimeError, match="midway"), new_folder(out) as folder:  # noqa: PT012  # the block fills the folder
-        (folder / "config.json").write_text("{}")
-        assert not out.exists()
-        raise RuntimeError("midway")
-    assert list((tmp_path / "deep").iterdir()) == []
-    with new_folder(out) as folder:
-        (folder / "onnx").mkdir()
-        (folder / "onnx" / "model.onnx").write_text("x")
-        (folder / "config.json").write_text("{}")
-    assert sorted(path.name for path in out.rglob("*")) == ["config.json", "model.onnx", "onnx"]
-    assert [path.name for path in out.parent.iterdir()] == ["run"]
-
-
-def finish(out: Path, content: str, *, overwrite: bool = False) -> None:
-    """A result at `out`, which `check_out` has found free or replaceable before."""
-    with new_folder(out, overwrite=overwrite) as folder:
-        (folder / "headstart.json").write_text(content)
-
-
-@pytest.mark.parametrize("taken", [[], ["run-2"], ["run-2", "run-3"]])
-def test_what_has_come_to_be_there_meanwhile_stays_and_the_result_is_kept_beside_it(
-    tmp_path: Path, taken: list[str]
-) -> None:
-    out = tmp_path / "run"
-    for name in taken:
-        finish(tmp_path / name, "taken")
-    check_out(out, overwrite=False)
-    finish(out, "another's")
-    kept = tmp_path / f"run-{2 + len(taken)}"
-    message = rf"^{re.escape(str(out))}: .*has come to be there.*is kept in {re.escape(str(kept))}\b"
-    with pytest.raises(RunError, match=message):
-        finish(out, "mine")
-    assert {path.name: (path / "headstart.json").read_text() for path in tmp_path.iterdir()} == {
-        **dict.fromkeys(taken, "taken"),
-        "run": "another's",
-        kept.name: "mine",
-    }
-
-
-def test_a_file_that_has_come_to_be_there_stays(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="run-2"), new_folder(tmp_path / "run") as folder:  # noqa: PT012  # the block fills the folder
-        (folder / "config.json").write_text("{}")
-        (tmp_path / "run").write_text("a note")
-    assert (tmp_path / "run").read_text() == "a note"
-    assert (tmp_path / "run-2" / "config.json").is_file()
-
-
-def test_overwriting_replaces_the_run_that_is_there(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    finish(out, "old")
-    check_out(out, overwrite=True)
-    (out / "onnx").mkdir()
-    finish(out, "new", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert [path.name for path in out.iterdir()] == ["headstart.json"]
-    assert (out / "headstart.json").read_text() == "new"
-
-
-def test_the_old_run_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "run"
-    finish(out, "old")
-
-    def refused(folder: Path, place: Path) -> Path:
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(model, "_rename", refused)
-    with pytest.raises(DiskError, match="disk is full"):
-        finish(out, "new", overwrite=True)
-    (left,) = tmp_path.rglob("headstart.json")
-    assert left.read_text() == "old"
-
-
-def finish_often(folder: str, name: str) -> None:
-    """In a child: try to be the one that writes each of 50 folders."""
-    for number in range(50):
-        with contextlib.suppress(RunError):
-            finish(Path(folder) / str(number), name)
-
-
-def test_runs_that_end_together_all_keep_their_results(tmp_path: Path) -> None:
-    children = [processes.Process(target=finish_often, args=(str(tmp_path), name)) for name in "abc"]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    found: dict[str, list[str]] = {}
-    for path in tmp_path.iterdir():
-        found.setdefault(path.name.split("-")[0], []).append((path / "headstart.json").read_text())
-    assert {name: sorted(content) for name, content in found.items()} == {str(i): ["a", "b", "c"] for i in range(50)}
-
-
-def test_an_empty_folder_behind_a_link_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "run").symlink_to("disk")
-    check_out(tmp_path / "run", overwrite=False)
-    finish(tmp_path / "run", "mine")
-    assert (tmp_path / "disk" / "headstart.json").read_text() == "mine"
-    assert (tmp_path / "run").is_symlink()
-
-
-def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "headstart.json").write_text("old")
-    with pytest.raises(OSError, match="odd"), new_folder(out, overwrite=True) as folder:  # noqa: PT012  # the block fills the folder
-        (folder / "new").write_text("new")
-        raise OSError("odd")
-    assert [path.name for path in out.iterdir()] == ["headstart.json"]
-    with new_folder(out, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
 def test_a_saved_model_may_be_read_by_others(tiny_run: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for path in tiny_run.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
-
-
-def write_for_ever(out: str, progress: Connection) -> None:
-    """In a child: fill a new folder without end."""
-    with new_folder(Path(out)) as folder:
-        for number in range(10**9):
-            (folder / f"{number % 50}.bin").write_bytes(bytes(10_000))
-            progress.send(number)
-
-
-@pytest.mark.parametrize("before", ["nothing", "a run"])
-def test_a_killed_writer_leaves_no_half_folder(before: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    if before == "a run":
-        out.mkdir()
-        (out / "headstart.json").write_text("{}")
-    for stop_at in (0, 7, 60):
-        ours, theirs = processes.Pipe(duplex=False)
-        child = processes.Process(target=write_for_ever, args=(str(out), theirs))
-        child.start()
-        theirs.close()
-        while ours.recv() < stop_at:
-            pass
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        found = sorted(path.name for path in out.iterdir()) if out.exists() else None
-        assert found == (["headstart.json"] if before == "a run" else None)
-    check_out(out, overwrite=True)  # what it left does not stand in the way of the next
-
-
-def test_an_output_folder_is_checked_before_any_work(tmp_path: Path) -> None:
-    check_out(tmp_path / "new" / "run", overwrite=False)
-    assert not (tmp_path / "new" / "run").exists()
-    (tmp_path / "empty").mkdir()
-    check_out(tmp_path / "empty", overwrite=False)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RunError, match="is a file; --out takes a folder"):
-        check_out(tmp_path / "file", overwrite=False)
-    with pytest.raises(DiskError, match="a part of the path is missing or is no folder"):
-        check_out(tmp_path / "file" / "run", overwrite=False)
-    with pytest.raises(DiskError, match="name is too long"):
-        check_out(tmp_path / ("x" * 400), overwrite=False)
-
-
-def test_a_folder_with_something_in_it_is_not_overwritten_by_chance(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match=r"is not empty\. Choose another --out, or replace it with --overwrite"):
-        check_out(tmp_path, overwrite=False)
-    with pytest.raises(RunError, match=r"is not a run folder \(no headstart.json\), so --overwrite does not replace"):
-        check_out(tmp_path, overwrite=True)
-    (tmp_path / "headstart.json").write_text("{}")
-    check_out(tmp_path, overwrite=True)
-    with pytest.raises(RunError, match="is not empty"):
-        check_out(tmp_path, overwrite=False)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 # --- loading

@@ -14,7 +14,7 @@ import torch
 
 import headstart
 from headstart import modeling_headstart, predict
-from headstart.modeling_headstart import HeadstartConfig, HeadstartForSequenceClassification, PooledHead, pool
+from headstart.modeling_headstart import HeadstartConfig, HeadstartForSequenceClassification, pool
 
 TEXTS = ["the film was superb", "the waiter was rude and the soup was awful at the end", "zebra!"]
 
@@ -48,28 +48,6 @@ def test_pool_stays_within_half_precision() -> None:
     got = pool(huge, torch.ones(1, 2, dtype=torch.int64), ("mean-0", "cls"))
     assert got[0, 0].tolist() == [65504.0] * 4
     assert got[0, 1].tolist() == [-65504.0] * 4
-
-
-@pytest.mark.parametrize("width", [0, 5])
-def test_a_pooled_head_is_standardise_then_linear(width: int) -> None:
-    torch.manual_seed(0)
-    head = PooledHead(4, width, 3, dropout=0.5).eval()
-    head.mean.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    head.scale.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
-    x = torch.randn(6, 4)
-    z = ((x - head.mean) * head.scale).numpy()
-    if width:
-        z = np.maximum(z @ head.layers[0].weight.detach().numpy().T + head.layers[0].bias.detach().numpy(), 0)
-    expected = z @ head.layers[-1].weight.detach().numpy().T + head.layers[-1].bias.detach().numpy()
-    np.testing.assert_allclose(head(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_dropout_is_for_a_hidden_layer_only() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 4)
-    linear, hidden = PooledHead(4, 0, 2, dropout=0.9).train(), PooledHead(4, 64, 2, dropout=0.9).train()
-    assert torch.equal(linear(x), linear(x))
-    assert not torch.equal(hidden(x), hidden(x))
 
 
 def test_the_whole_model_gives_a_loss_and_needs_no_mask() -> None:

@@ -161,7 +161,9 @@ def test_the_folder_says_what_was_done(train: Callable[..., Run]) -> None:
     info = json.loads((done.folder / "headstart.json").read_text(encoding="utf-8"))
     assert info == json.loads(json.dumps(done.info))
     expected = config.settings(**{name: value for name, value in info["settings"].items() if value is not None})
-    assert info["settings"] == json.loads(json.dumps(expected.to_dict())), "every setting, and it can be given again"
+    assert info["settings"] == json.loads(json.dumps(dataclasses.asdict(expected))), (
+        "every setting, and it can be given again"
+    )
     assert info["settings"]["lr"] == 1e-2
     assert (info["names"], info["labels"], info["seed"]) == (["bad", "good"], ["0", "1"], 7)
     assert info["split"] == {"train": 56, "validation": 12, "test": 12}
@@ -341,7 +343,7 @@ def article_in_plain_torch(folder: Path, parts: list[tuple[list[str], list[int]]
         model.train()
         total = []
         # The order of batches is the one thing taken from headstart.
-        for ((x, y),) in FeatureBatches(vectors[0], targets[0], 32, 2021).epoch(epoch):
+        for (((x,), y),) in FeatureBatches(vectors[0], targets[0], 32, 2021).epoch(epoch):
             model.zero_grad()
             loss = cross_entropy(model(x), y)
             loss.backward()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from torch import nn
 
 from headstart import config
+from headstart.checkpoints import Checkpoints
 from headstart.encoder import choose_placement, load_encoder
 from headstart.engine import FAMILIES
 from headstart.errors import DiskError, ModelError
-from headstart.model import native_model
+from headstart.model import ThawedModel, native_model
 from headstart.thaw import (
     Cost,
     FineTuning,
@@ -88,7 +90,7 @@ def batches_of(n: int = 70, parts: int = 1, seed: int = 3, size: int = 8) -> Tok
     tokens = Tokens(ids, np.concatenate([[0], lengths.cumsum()]))
     encoder: Any = None  # not needed for token ids
     index = np.arange(0, 2 * n, 2)
-    return TokenBatches(Texts(encoder, tokens, pad_id=0), index, index * 10, size, seed, parts)
+    return TokenBatches(Texts(encoder, tokens, pad_id=0), index, index * 10, size, seed, [torch.device("cpu")] * parts)
 
 
 def seen(batches: TokenBatches, epoch: int) -> list[list[int]]:
@@ -99,7 +101,7 @@ def seen(batches: TokenBatches, epoch: int) -> list[list[int]]:
         for (ids, mask), labels in parts:
             assert ids.shape == mask.shape
             assert (ids[:, 0] * 10).tolist() == labels.tolist(), "each text has its label"
-            lengths = batches.texts.lengths[ids[:, 0].numpy()]
+            lengths = batches.texts.tokens.lengths[ids[:, 0].numpy()]
             assert mask.sum(dim=1).tolist() == lengths.tolist()
             assert ids.shape[1] == lengths.max(), "no more padding than is needed"
             rows += ids[:, 0].tolist()
@@ -125,9 +127,9 @@ def test_each_epoch_has_each_text_once_in_an_order_of_seed_and_epoch() -> None:
 
 def test_batches_are_of_like_length() -> None:
     batches = batches_of(200)
-    spread = [np.ptp(batches.texts.lengths[np.array(texts)]) for texts in seen(batches, 0)]
+    spread = [np.ptp(batches.texts.tokens.lengths[np.array(texts)]) for texts in seen(batches, 0)]
     assert max(spread) <= 1
-    firsts = [batches.texts.lengths[texts[0]] for texts in seen(batches, 0)]
+    firsts = [batches.texts.tokens.lengths[texts[0]] for texts in seen(batches, 0)]
     assert firsts != sorted(firsts, reverse=True), "but they do not come by length"
 
 
@@ -150,7 +152,7 @@ def test_states_are_the_models_own_and_are_kept_without_padding(
     family: str, task: Callable[..., FineTuning], cache_dir: Path
 ) -> None:
     given = task(family)
-    _, texts = given.thawed(2)
+    _, texts = given.thawed(2, given.used)
     kept = texts.keep()
     (file,) = cache_dir.rglob("*.npy")
     assert kept.kept.shape == (len(given.tokens.ids), 32)
@@ -166,12 +168,49 @@ def test_states_are_the_models_own_and_are_kept_without_padding(
     with torch.inference_mode():
         states = given.encoder.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(stored[real].float(), states[real], rtol=2e-3, atol=2e-3)  # half precision
-    before = file.stat().st_mtime_ns
-    assert np.array_equal(texts.keep().kept, kept.kept)
-    assert file.stat().st_mtime_ns == before, "found, not computed again"
-    given.thawed(1)[1].keep()
+    before, whole = file.stat(), np.array(kept.kept)
+    assert np.array_equal(texts.keep().kept, whole)
+    assert file.stat().st_ino == before.st_ino, "found, not computed again"
+    assert file.stat().st_mtime_ns > before.st_mtime_ns, "but used, so not what is deleted first"
+    os.truncate(file, before.st_size - 1000)
+    assert np.array_equal(texts.keep().kept, whole), "cut short, so computed again"
+    given.thawed(1, given.used)[1].keep()
     replace(texts, tokens=given.tokens.take(np.arange(5))).keep()
     assert len(list(cache_dir.rglob("*.npy"))) == 3, "each depth and each set of texts has its own"
+
+
+def test_states_of_a_killed_run_go_and_the_store_keeps_its_cap(
+    task: Callable[..., FineTuning], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = task()
+    given.thawed(2, given.used)[1].keep()
+    (file,) = cache_dir.rglob("*.npy")
+    torn = file.with_name(f".{file.name}.12345678.tmp")
+    file.rename(torn)
+    given.thawed(2, given.used)[1].keep()
+    assert file.is_file()
+    assert not torn.exists()
+    monkeypatch.setenv("HEADSTART_CACHE_MAX_BYTES", str(file.stat().st_size + 1000))
+    assert given.thawed(1, given.used)[1].keep().kept is not None
+    assert not file.exists(), "used longest ago"
+    assert len(list(cache_dir.rglob("*.npy"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs POSIX")
+def test_a_disk_without_room_for_the_states_is_one_sentence_and_leaves_nothing(
+    task: Callable[..., FineTuning], cache_dir: Path
+) -> None:
+    import resource
+
+    given = task()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(DiskError, match="the disk is full"):
+            given.fit(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.suffix for path in cache_dir.rglob("*") if path.is_file()] == [".lock"]
 
 
 def test_states_that_cannot_be_kept_are_one_sentence(task: Callable[..., FineTuning], cache_dir: Path) -> None:
@@ -188,7 +227,7 @@ def test_states_that_cannot_be_kept_are_one_sentence(task: Callable[..., FineTun
 def test_logits_and_gradients_are_transformers(family: str, depth: Any, task: Callable[..., FineTuning]) -> None:
     given = task(family)
     plain = copy.deepcopy(given.start).eval()
-    model, texts = given.thawed(depth)
+    model, texts = given.thawed(depth, given.used)
     if texts.below is not None:  # in full precision, so that only the arithmetic is compared
         encoder = given.encoder
         assert encoder.engine is not None
@@ -202,7 +241,7 @@ def test_logits_and_gradients_are_transformers(family: str, depth: Any, task: Ca
         inputs = states.clone(), mask
     for parameter in plain.parameters():
         parameter.requires_grad_(requires_grad=True)
-    logits, expected = model.train()(inputs), plain(input_ids=ids, attention_mask=mask).logits
+    logits, expected = model.train()(*inputs), plain(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(logits, expected, **EXACT)
     weights = torch.tensor([0.7, 1.9])
     for one in (logits, expected):
@@ -246,7 +285,7 @@ def by_transformers(task: FineTuning, depth: Any) -> Any:
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
     texts = Texts(task.encoder, task.tokens, pad_id)
-    batches = TokenBatches(texts, PARTS[0], task.train_labels, 16, task.config.seed, 1)
+    batches = TokenBatches(texts, PARTS[0], task.train_labels, 16, task.config.seed, [torch.device("cpu")])
     weights = torch.from_numpy(len(task.train_labels) / (2 * np.bincount(task.train_labels))).float()
     steps, step, states, scores = schedule.epochs * len(batches), 0, [], []
     for epoch in range(schedule.epochs):
@@ -311,9 +350,35 @@ def test_fine_tuning_learns_and_leaves_the_start_alone(task: Callable[..., FineT
     assert right == pytest.approx(best.validation_accuracy)
 
 
+@pytest.mark.parametrize("depth", [1, "all"])
+def test_when_memory_runs_out_pieces_add_up_to_the_batch(
+    depth: Any, task: Callable[..., FineTuning], tmp_path: Path
+) -> None:
+    given = task(store=False)
+    whole = given.fit(depth)
+    calls: list[int] = []
+    original = ThawedModel.forward
+
+    def greedy(self: ThawedModel, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        torch.empty(1 << 60 if self.training and len(x) > 5 else 1, dtype=torch.uint8)
+        calls.append(len(x))
+        return original(self, x, mask)
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThawedModel, "forward", greedy)
+        pieces = given.fit(depth, checkpoints=Checkpoints(tmp_path, 1e9, said.append))
+    assert [one.split(":")[0] for one in said] == ["Memory ran out", "Memory ran out"]
+    assert {4} <= set(calls)
+    assert alike(pieces.model, whole.model)
+
+
 def test_the_settings_are_the_schedule(task: Callable[..., FineTuning]) -> None:
     schedule = task(epochs=None, lr=None).schedule
-    assert (schedule.epochs, schedule.lr, schedule.weight_decay, schedule.warmup) == (3, 1e-4, 0.01, 0.1)
+    assert (schedule.epochs, schedule.lr, schedule.weight_decay, schedule.warmup) == (6, 1e-4, 0.01, 0.1)
+    for texts, batch_size, epochs in ((6920, 32, 3), (4634, 32, 5), (4634, 16, 3), (2641, 32, 6), (10**6, 32, 3)):
+        table = replace(task(epochs=None, batch_size=batch_size), train_labels=np.zeros(texts, dtype=np.int64))
+        assert table.schedule.epochs == epochs
     schedule = task(epochs=7, lr=1e-5, weight_decay=0.0, clip_norm=0.5, patience=2).schedule
     assert (schedule.epochs, schedule.lr, schedule.weight_decay) == (7, 1e-5, 0.0)
     assert (schedule.clip_norm, schedule.patience, schedule.keep) == (0.5, 2, "most accurate")
@@ -321,7 +386,7 @@ def test_the_settings_are_the_schedule(task: Callable[..., FineTuning]) -> None:
 
 def test_logits_come_in_the_order_asked_for(task: Callable[..., FineTuning]) -> None:
     given = task()
-    model, texts = given.thawed(2)
+    model, texts = given.thawed(2, given.used)
     model.eval()
     index = np.random.default_rng(1).permutation(len(TEXTS))
     got, straight = (logits_of(model, texts, one, 2) for one in (index, np.arange(len(TEXTS))))
@@ -350,7 +415,7 @@ def test_embeddings_that_no_text_uses_are_put_back_unchanged(family: str, task: 
 
 def test_whole_puts_the_embeddings_back_once(task: Callable[..., FineTuning]) -> None:
     given = task()
-    model, _ = given.thawed("all")
+    model, _ = given.thawed("all", given.used)
     assert model.used is not None
     assert len(model.model.get_input_embeddings().weight) == len(model.used)
     assert same(model.whole(), given.start)
@@ -376,7 +441,7 @@ def test_other_families_are_thawed_as_a_whole_or_not_at_all(task: Callable[..., 
     ids, mask = map(torch.from_numpy, given.tokens.padded(PARTS[2], given.encoder.tokenizer.pad_id))
     with torch.inference_mode():
         torch.testing.assert_close(done.model(input_ids=ids, attention_mask=mask).logits, done.test_logits, **EXACT)
-    assert [cost.depth for cost in predicted_costs(given)] == ["all"]
+    assert [cost.depth for cost in predicted_costs(given, Path())] == ["all"]
 
 
 # --- what each depth costs
@@ -388,7 +453,7 @@ def test_each_depth_has_its_cost_the_shallowest_first(
 ) -> None:
     given = task(store=store)
     before = tensors(given.start)
-    costs = predicted_costs(given)
+    costs = predicted_costs(given, Path())
     assert [cost.depth for cost in costs] == [1, 2, 3, "all"]
     assert all(cost.seconds > 0 and math.isfinite(cost.seconds) for cost in costs)
     low, middle, high = (cost.seconds for cost in costs[:3])
@@ -401,24 +466,36 @@ def test_each_depth_has_its_cost_the_shallowest_first(
     assert not list(cache_dir.rglob("*.npy")), "nothing is kept"
 
 
-def test_the_deepest_that_fits_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deepest_that_fits_is_picked() -> None:
     costs = [Cost(1, 10.0, 100, 0), Cost(2, 30.0, 200, 0), Cost(3, 20.0, 400, 0), Cost("all", 50.0, 500, 0)]
 
-    def pick(seconds: float, free: int) -> object:
-        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
+    def pick(seconds: float) -> object:
         found = deepest_within(costs, seconds)
         return found and found.depth
 
-    assert pick(60, 1000) == "all"
-    assert pick(50, 500) == "all"
-    assert pick(49, 1000) == 3
-    assert pick(25, 1000) == 3
-    assert pick(60, 499) == 3
-    assert pick(60, 250) == 2
-    assert pick(25, 250) == 1
-    assert pick(9, 1000) is None
-    assert pick(60, 99) is None
+    assert [pick(seconds) for seconds in (60, 50, 49, 25, 19, 9)] == ["all", "all", 3, 3, 1, None]
     assert deepest_within([], 1.0) is None
+
+
+def test_only_depths_with_room_are_tried(
+    task: Callable[..., FineTuning], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = task()
+    costs = predicted_costs(given, tmp_path / "not" / "there")
+
+    def depths(memory: int, disk: int) -> list[object]:
+        free = type("Free", (), {"available": memory, "free": disk})
+        with monkeypatch.context() as patch:
+            patch.setattr("psutil.virtual_memory", lambda: free)
+            patch.setattr("shutil.disk_usage", lambda place: free)
+            return [cost.depth for cost in predicted_costs(given, tmp_path)]
+
+    plenty = 10**12
+    assert depths(plenty, plenty) == [1, 2, 3, "all"]
+    assert depths(costs[1].memory, plenty) == [1, 2]
+    assert depths(costs[0].memory - 1, plenty) == []
+    assert depths(plenty, costs[0].disk) == [1]
+    assert depths(plenty, 0) == []
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import nn
 
 from headstart.checkpoints import Checkpoints
 from headstart.config import ClassWeight
-from headstart.errors import TerminatedError
-from headstart.modeling_headstart import PooledHead
+from headstart.engine import PooledHead
+from headstart.errors import InputError, TerminatedError
 from headstart.train import Epoch, FeatureBatches, History, Part, Schedule, Validate, class_weights, fit
 
 SCHEDULE = Schedule(epochs=5, lr=1e-2, weight_decay=0.01)
@@ -91,7 +91,7 @@ def test_each_epoch_sees_each_row_once_in_an_order_of_seed_and_epoch() -> None:
         parts = [part for (part,) in batches.epoch(epoch)]
         assert len(parts) == len(batches) == 7
         assert [len(part[1]) for part in parts] == [8] * 6 + [2]
-        for x, y in parts:
+        for (x,), y in parts:
             assert x[:, 0].tolist() == y.tolist()
         return [int(label) for part in parts for label in part[1]]
 
@@ -134,7 +134,7 @@ def test_it_is_the_plain_transcription_step_by_step(dropout: float) -> None:
     for epoch in range(4):
         plain.train()
         total = 0.0
-        batches = [part for (part,) in FeatureBatches(values, labels, 16, 1).epoch(epoch)]
+        batches = [(x, y) for (((x,), y),) in FeatureBatches(values, labels, 16, 1).epoch(epoch)]
         for x, y in batches:
             plain.zero_grad()
             loss = cross_entropy(plain(x), y)
@@ -265,12 +265,15 @@ def test_a_caller_may_stop_it() -> None:
     assert not history.interrupted
 
 
+@dataclass(frozen=True)
 class InterruptedBatches(FeatureBatches):
-    """Ctrl-C in the middle of the fourth epoch."""
+    """Ctrl-C when a batch is asked for: in the middle of the fourth epoch."""
 
-    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
-        for place, batch in enumerate(super().epoch(number)):
-            if (number, place) == (3, 4):
+    at: tuple[int, int] = (3, 4)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
+        for place, batch in enumerate(super().epoch(number, start), start):
+            if (number, place) == self.at:
                 raise KeyboardInterrupt
             yield batch
 
@@ -280,9 +283,52 @@ def test_ctrl_c_while_training_keeps_the_best_so_far() -> None:
     model = new_model()
     batches = InterruptedBatches(*separable(), 16, 1)
     history = fit(model, batches, told([3, 1, 2, 0, 0], seen), SCHEDULE, torch.ones(2))
-    assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 3)
-    assert state_bytes(model) == seen[1]
+    assert (history.interrupted, history.best, len(history.epochs)) == (True, 3, 4), "the epoch cut short counts"
+    assert history.steps == 3 * 8 + 4
+    assert state_bytes(model) == seen[3]
     assert not model.training
+
+
+def test_ctrl_c_in_the_first_epoch_keeps_what_it_has_learnt() -> None:
+    model, seen = new_model(), list[bytes]()
+    batches = InterruptedBatches(*separable(), 16, 1, at=(0, 2))
+    history = fit(model, batches, told([3], seen), SCHEDULE, torch.ones(2))
+    assert (history.interrupted, history.best, len(history.epochs), history.steps) == (True, 0, 1, 2)
+    assert state_bytes(model) == seen[0] != state_bytes(new_model())
+
+
+def test_ctrl_c_before_the_first_step_is_passed_on() -> None:
+    batches = InterruptedBatches(*separable(), 16, 1, at=(0, 0))
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_model(), batches, told([], []), SCHEDULE, torch.ones(2))
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_keeps_the_best_so_far(tmp_path: Path) -> None:
+    class Interrupted(Checkpoints):
+        def save(self, step: int, *content: Any) -> None:
+            if step == 16:
+                raise KeyboardInterrupt
+            super().save(step, *content)
+
+    seen: list[bytes] = []
+    model = new_model()
+    batches, checkpoints = FeatureBatches(*separable(), 16, 1), Interrupted(tmp_path, 1e9)
+    history = fit(model, batches, told([3, 1], seen), SCHEDULE, torch.ones(2), checkpoints=checkpoints)
+    assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 2)
+    assert state_bytes(model) == seen[1]
+
+
+def test_it_ends_after_so_many_steps_at_the_rates_of_the_whole() -> None:
+    schedule = Schedule(epochs=5, lr=1e-2, weight_decay=0.0, warmup=0.1)
+    steps = given_to_adamw(replace(schedule, max_steps=19), model := new_model(dropout=0.0))
+    assert [step["lr"] for step in steps] == [schedule.lr_at(step, 40) for step in range(19)]
+    history = train(new_model(dropout=0.0), replace(schedule, max_steps=19))
+    assert (history.steps, len(history.epochs), history.interrupted) == (19, 3, False)
+    whole = new_model(dropout=0.0)
+    train(whole, replace(schedule, max_steps=40))
+    unlimited = new_model(dropout=0.0)
+    train(unlimited, schedule)
+    assert state_bytes(whole) == state_bytes(unlimited) != state_bytes(model)
 
 
 def test_ctrl_c_while_validating_keeps_the_best_so_far() -> None:
@@ -396,8 +442,8 @@ def test_it_stops_at_the_deadline_with_an_epoch_cut_short() -> None:
     seen: list[int] = []
 
     class Counted(FeatureBatches):
-        def epoch(self, number: int) -> Iterator[Sequence[Part]]:
-            for batch in super().epoch(number):
+        def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
+            for batch in super().epoch(number, start):
                 seen.append(number)
                 yield batch
 
@@ -426,10 +472,10 @@ class InParts(FeatureBatches):
 
     parts: int = 1
 
-    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
-        for ((values, labels),) in super().epoch(number):
+    def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
+        for (((values,), labels),) in super().epoch(number, start):
             pieces = [slice(part, None, self.parts) for part in range(self.parts)]
-            yield [(values[piece], labels[piece]) for piece in pieces if len(labels[piece])]
+            yield [((values[piece],), labels[piece]) for piece in pieces if len(labels[piece])]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 16])
@@ -468,6 +514,83 @@ def test_the_order_in_which_parts_are_ready_does_not_matter(two_threads: None) -
     assert len(set(states)) == 1
 
 
+# --- memory
+
+
+class Greedy(nn.Module):  # type: ignore[misc]  # mypy does not read torch
+    """A model that asks for more memory than any machine has for over `most` texts at once."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        torch.empty(1 << 60 if self.training and len(inputs) > self.most else 1, dtype=torch.uint8)
+        return self.model(inputs)
+
+
+def test_when_memory_runs_out_batches_are_halved_and_gradients_accumulated(two_threads: None, tmp_path: Path) -> None:
+    values, labels = separable(118)
+    weights = class_weights(labels.numpy(), 2, "balanced")
+    validate = scorer(values, labels, weights)
+    said: list[str] = []
+    ends = []
+    for most in (16, 3):
+        for parts in (1, 2):
+            model = new_model(dropout=0.0)
+            batches = InParts(values, labels, 16, 1, parts)
+            checkpoints = Checkpoints(tmp_path / f"{most}-{parts}", 1e9, said.append)
+            history = fit(Greedy(model, most), batches, validate, SCHEDULE, weights, checkpoints=checkpoints)
+            ends.append((history.epochs[-1].train_loss, history.epochs[-1].validation_loss))
+    assert said == [
+        *(f"Memory ran out: each batch is now computed in {times} times as many pieces." for times in (2, 4, 8)),
+        *(f"Memory ran out: each batch is now computed in {times} times as many pieces." for times in (2, 4)),
+    ]
+    np.testing.assert_allclose(ends, np.tile(ends[0], (4, 1)), rtol=1e-4)
+
+
+def test_a_resumed_run_has_pieces_of_the_same_size(tmp_path: Path) -> None:
+    values, labels = separable()
+    validate = scorer(values, labels, torch.ones(2))
+
+    def end(batches: FeatureBatches, checkpoints: Checkpoints | None = None) -> bytes:
+        model = new_model(dropout=0.0)
+        fit(Greedy(model, 5), batches, validate, TUNED, torch.ones(2), checkpoints=checkpoints)
+        return state_bytes(model)
+
+    expected = end(FeatureBatches(values, labels, 16, 1))
+    with pytest.raises(TerminatedError):
+        end(Stopping(values, labels, 16, 1, (1, 2)), Checkpoints(tmp_path, 1e9))
+    found = Checkpoints(tmp_path, 1e9).newest()
+    assert found is not None
+    assert found[1]["halvings"] == 2
+    assert end(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9)) == expected
+
+
+def test_where_one_text_is_too_much_the_sentence_says_what_to_do() -> None:
+    values, labels = separable()
+    with pytest.raises(InputError, match=r"even with one text at a time\. Thaw fewer layers"):
+        fit(
+            Greedy(new_model(), 0),
+            FeatureBatches(values, labels, 16, 1),
+            scorer(values, labels, torch.ones(2)),
+            SCHEDULE,
+            torch.ones(2),
+        )
+
+
+def test_any_other_error_is_passed_on() -> None:
+    values, labels = separable()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        fit(
+            new_model(),
+            FeatureBatches(values[:, :5], labels, 16, 1),
+            scorer(values, labels, torch.ones(2)),
+            SCHEDULE,
+            torch.ones(2),
+        )
+
+
 # --- stopped and resumed
 
 TUNED = Schedule(epochs=4, lr=1e-2, weight_decay=0.1, patience=3, keep="most accurate", warmup=0.1)
@@ -484,8 +607,8 @@ class Stopping(FeatureBatches):
     at: tuple[int, int] = (0, 0)
     by: str = "SIGTERM"
 
-    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
-        for place, batch in enumerate(super().epoch(number)):
+    def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
+        for place, batch in enumerate(super().epoch(number, start), start):
             if (number, place) == self.at:
                 if self.by != "SIGTERM":
                     raise StoppedError
@@ -516,7 +639,7 @@ def test_resumed_training_ends_in_the_same_bytes(at: tuple[int, int], by: str, t
     minutes = 1e9 if by == "SIGTERM" else 1e-9
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises((TerminatedError, StoppedError)) as ended:
-        tune(Stopping(values, labels, 16, 1, at, by), Checkpoints(tmp_path, "key", minutes))
+        tune(Stopping(values, labels, 16, 1, at, by), Checkpoints(tmp_path, minutes))
     assert signal.getsignal(signal.SIGTERM) == before
     done = 8 * at[0] + at[1] + (by == "SIGTERM")  # the step that was asked for is taken first
     written = sorted(
@@ -526,9 +649,9 @@ def test_resumed_training_ends_in_the_same_bytes(at: tuple[int, int], by: str, t
     if isinstance(ended.value, TerminatedError):
         assert ended.value.exit_code == 143
         assert "--resume goes on from it" in str(ended.value)
-    again = Checkpoints(tmp_path, "key", minutes)
-    assert tune(FeatureBatches(values, labels, 16, 1), again) == expected
-    assert len(again.remarks) == (done > 0)
+    said: list[str] = []
+    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, minutes, said.append)) == expected
+    assert [one.split(" from ")[0] for one in said] == ["Resumed"] * (done > 0)
 
 
 def test_a_run_stopped_over_and_over_ends_in_the_same_bytes(tmp_path: Path) -> None:
@@ -536,16 +659,16 @@ def test_a_run_stopped_over_and_over_ends_in_the_same_bytes(tmp_path: Path) -> N
     expected = tune(FeatureBatches(values, labels, 16, 1))
     for at in ((0, 2), (0, 6), (1, 1), (1, 7), (3, 0)):
         with pytest.raises(TerminatedError):
-            tune(Stopping(values, labels, 16, 1, at), Checkpoints(tmp_path, "key", 1e9))
-    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, "key", 1e9)) == expected
+            tune(Stopping(values, labels, 16, 1, at), Checkpoints(tmp_path, 1e9))
+    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9)) == expected
 
 
 def test_patience_that_had_run_out_has_still_run_out_when_resumed(tmp_path: Path) -> None:
     values, labels = separable()
     schedule = replace(TUNED, epochs=9, patience=1, lr=1e-12)  # nothing gets better
-    expected = tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, "key", 1e9), schedule)
+    expected = tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9), schedule)
     assert len(expected[1]) < 9
-    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, "key", 1e9), schedule) == expected
+    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9), schedule) == expected
 
 
 def test_sigterm_without_checkpoints_says_that_nothing_was_kept() -> None:
@@ -560,7 +683,7 @@ def test_sigterm_while_validating_is_heeded_after_the_epoch(tmp_path: Path) -> N
 
     batches = FeatureBatches(*separable(), 16, 1)
     with pytest.raises(TerminatedError):
-        fit(new_model(), batches, validate, SCHEDULE, torch.ones(2), checkpoints=Checkpoints(tmp_path, "key", 1e9))
-    found = Checkpoints(tmp_path, "key", 1.0).newest()
+        fit(new_model(), batches, validate, SCHEDULE, torch.ones(2), checkpoints=Checkpoints(tmp_path, 1e9))
+    found = Checkpoints(tmp_path, 1.0).newest()
     assert found is not None
     assert (found[1]["epoch"], found[1]["done"], len(found[1]["records"])) == (1, 0, 1)

@@ -249,9 +249,9 @@ def test_a_search_over_many_texts_takes_some_and_the_winner_all(
 ) -> None:
     sizes: list[int] = []
 
-    def counting(model: Any, batches: Any, *rest: Any) -> History:
+    def counting(model: Any, batches: Any, *rest: Any, **options: Any) -> History:
         sizes.append(len(batches.labels))
-        return fit(model, batches, *rest)
+        return fit(model, batches, *rest, **options)
 
     monkeypatch.setattr(trials, "SEARCH_ROWS", 20)
     monkeypatch.setattr(trials, "fit", counting)

@@ -9,33 +9,30 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart.errors import InputError, count_of
-from headstart.model import new_folder
+from headstart.errors import RunError, count_of, disk_errors
+from headstart.folders import beside, new_folder
 
 KEPT = 2  # the newest, and one to fall back on
+PLAN = "checkpoint-plan.json"  # in a folder while its run is being fine-tuned: how deep
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
 class Checkpoints:
     """The checkpoints of one run in `folder`, at most one every `minutes` but for those asked for.
 
-    `key` stands for everything that decides the result; checkpoints of another key are not resumed. `remarks` say what
-    was resumed from and what was passed over.
+    `announce` is told what was resumed from and what was passed over.
     """
 
-    def __init__(
-        self, folder: Path, key: str, minutes: float, announce: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self.folder, self.key, self.minutes, self.announce = folder, key, minutes, announce
+    def __init__(self, folder: Path, minutes: float, announce: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.minutes, self.announce = folder, minutes, announce
         self.written = time.monotonic()
-        self.remarks: list[str] = []
 
     def clear(self) -> None:
         """Delete what an earlier run has left."""
@@ -47,19 +44,24 @@ class Checkpoints:
         return time.monotonic() - self.written >= 60 * self.minutes
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Write `checkpoint-STEP`, then delete the oldest over `KEPT`; a `DiskError` leaves those there as they are."""
+        """Write `checkpoint-STEP`, then delete the oldest over `KEPT`; a `DiskError` leaves those there as they are.
+
+        Those of later steps count as the oldest: they were passed over.
+        """
+        for torn in self.folder.glob(".checkpoint-*"):  # by a kill
+            shutil.rmtree(torn, ignore_errors=True)
         with new_folder(self.folder / f"checkpoint-{step}", overwrite=True) as folder:
             save_file(dict(tensors), folder / TENSORS)
-            (folder / STATE).write_text(json.dumps({"key": self.key, **state}), encoding="utf-8")
+            (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
             sums = {name: _sha256(folder / name) for name in (TENSORS, STATE)}
             (folder / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
-        for old in list(self._newest_first())[KEPT:]:
+        for old in sorted(self._newest_first(), key=lambda place: _step(place) > step)[KEPT:]:
             doomed = old.rename(old.with_name(f".{old.name}.{os.getpid()}.old"))  # never half there under its name
             shutil.rmtree(doomed, ignore_errors=True)
         self.written = time.monotonic()
 
     def newest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors and state of the newest checkpoint that is whole, if any; an `InputError` if it is of another run."""
+        """Tensors and state of the newest checkpoint that is whole, if any."""
         for place in self._newest_first():
             try:
                 sums = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
@@ -67,24 +69,46 @@ class Checkpoints:
                     raise ValueError(f"{damaged[0]} is not as it was written")
                 state = json.loads((place / STATE).read_text(encoding="utf-8"))
             except (OSError, ValueError, AttributeError) as error:
-                self._remark(f"{place}: passed over, it is damaged ({error}).")
+                self.announce(f"{place}: passed over, it is damaged ({error}).")
                 continue
-            if state.pop("key") != self.key:
-                hint = "Give the same ones as then, or start anew with --overwrite."
-                raise InputError(f"{place}: is of a run with other settings, data or versions. {hint}")
-            self._remark(f"Resumed from {place} (epoch {state['epoch'] + 1}, {count_of(state['done'], 'step')}).")
+            self.announce(f"Resumed from {place} (epoch {state['epoch'] + 1}, {count_of(state['done'], 'step')}).")
             return load_file(place / TENSORS), state
         return None
 
-    def _remark(self, sentence: str) -> None:
-        self.remarks.append(sentence)
-        self.announce(sentence)
+    def _newest_first(self) -> list[Path]:
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+        return sorted(found, key=_step, reverse=True)
 
-    def _newest_first(self) -> Iterator[Path]:
-        found = [(int(path.name[11:]), path) for path in self.folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-        return (path for _, path in sorted(found, reverse=True))
+
+def _step(place: Path) -> int:
+    return int(place.name[11:])
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a folder holds a run that was ended while it was being fine-tuned."""
+    return (out / PLAN).is_file()
+
+
+def check_out(out: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output folder that cannot or must not be written, before any work is done."""
+    with disk_errors(out):
+        if out.is_file():
+            raise RunError(f"{out}: is a file; --out takes a folder.")
+        unfinished = is_unfinished(out)
+        if out.is_dir() and any(out.iterdir()) and not (resume and unfinished):
+            if not overwrite:
+                going_on = "holds a run that has not ended. Go on with it by --resume"
+                what = going_on if unfinished else "is not empty. Choose another --out"
+                raise RunError(f"{out}: {what}, or replace it with --overwrite.")
+            if not (out / "headstart.json").is_file() and not unfinished:
+                raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
+        # Its missing folders are made when there is something to put into them.
+        place = next(folder for folder in out.absolute().parents if folder.exists())
+        probe = beside(place / out.name, "tmp")
+        probe.mkdir()
+        probe.rmdir()

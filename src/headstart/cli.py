@@ -1,19 +1,14 @@
-"""The command line: one short function a command, heavy imports inside.
-
-Results go to stdout, progress and remarks to stderr. This room knows the other rooms' doors and nothing behind them.
-"""
+"""The command line: one short function a command, heavy imports inside; results on stdout, all else on stderr."""
 
 import io
-import re
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from headstart.config import ClassWeight, Device, HeadKind, Precision, Recipe
+from headstart.config import ClassWeight, Device, HeadKind, Precision, Recipe, from_file, settings
 from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, count_of, disk_errno, printable
 
 # Each long option may be written with underscores, as Hugging Face's scripts do.
@@ -33,11 +28,9 @@ def opt(names: str, text: str) -> Any:
 
 Words = str | None
 Whole = int | None
-Number = float | None
 Flag = bool | None
-DataArgument = Annotated[
-    str, typer.Argument(metavar="DATA", help="A .csv, .tsv, .jsonl, .json or .parquet table (also .gz), or: sample.")
-]
+TABLE = "A .csv, .tsv, .jsonl, .json or .parquet table (also .gz), or: sample."
+DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=TABLE)]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, as headstart train makes.")]
 TextOption = Annotated[Words, opt("--text --text-column-name COL", "The column with the text.")]
 LabelOption = Annotated[Words, opt("--label --label-column-name COL", "The column with the label.")]
@@ -65,7 +58,7 @@ def train(
     folds: Annotated[Whole, opt("--folds K", "Cross-validate, then train the head on all but test.")] = None,
     epochs: Annotated[Whole, opt("--epochs --num-train-epochs N", "Most epochs.")] = None,
     batch_size: Annotated[Whole, opt("--batch-size --per-device-train-batch-size N", "Texts a training step.")] = None,
-    lr: Annotated[Number, opt("--lr --learning-rate X", "AdamW's learning rate.")] = None,
+    lr: Annotated[float | None, opt("--lr --learning-rate X", "AdamW's learning rate.")] = None,
     max_length: Annotated[Words, opt("--max-length --max-seq-length auto|N", "Tokens kept of a text.")] = None,
     class_weight: Annotated[ClassWeight | None, opt("--class-weight", "How classes count in the loss.")] = None,
     seed: Annotated[Whole, opt("--seed N", "Decides split, weights, order (2021).")] = None,
@@ -74,48 +67,43 @@ def train(
     out: Annotated[Words, opt("--out --output-dir DIR", "The run folder (runs/NAME).")] = None,
     overwrite: Annotated[Flag, opt("--overwrite --overwrite-output-dir", "Replace a run folder that is there.")] = None,
     resume: Annotated[Flag, opt("--resume --resume-from-checkpoint", "Go on from the newest whole checkpoint.")] = None,
-    checkpoint_minutes: Annotated[Number, opt("--checkpoint-minutes N", "Between two of them (10).")] = None,
+    checkpoint_minutes: Annotated[float | None, opt("--checkpoint-minutes N", "Between two of them (10).")] = None,
     keep_checkpoints: Annotated[Flag, opt("--keep-checkpoints", "Leave the last ones in the run folder.")] = None,
+    selfcheck_resume: Annotated[bool, opt("--selfcheck-resume", "Prove on few rows that resuming is exact.")] = False,
     config: Annotated[Words, opt("--config FILE", "Settings from a .toml, or RUN/headstart.json to repeat it.")] = None,
 ) -> None:
     """Train a classifier on DATA, test it once, and write a run folder."""
-    given = dict(locals())  # each parameter is a setting, but for these three
-    del given["data"], given["config"], given["no_store"]
-    from headstart.config import from_file
-
+    given = dict(locals())  # each parameter is a setting, but for these
+    del given["data"], given["config"], given["no_store"], given["selfcheck_resume"]
     given["label_names"] = tuple(label_names.split(",")) if label_names is not None else None
-    given["max_length"] = whole_number("--max-length", max_length, "auto")
-    given["time_budget"] = seconds_in(time_budget) if time_budget is not None else None
     given["store"] = False if no_store else None
-    settings = from_file(config) if config is not None else {}
-    train_and_print(data, settings | {name: value for name, value in given.items() if value is not None})
-
-
-def train_and_print(data: str, given: dict[str, Any]) -> None:
-    """Train, print the one screen, and end with 130 if Ctrl-C cut it short."""
+    if max_length is not None and max_length.isdecimal():
+        given["max_length"] = int(max_length)
+    elif max_length not in (None, "auto"):
+        raise InputError(f"--max-length takes auto or a whole number, not {max_length!r}.")
+    asked = {name: value for name, value in given.items() if value is not None}
+    chosen = settings(data, **(from_file(config) if config is not None else {}) | asked)
     import psutil
 
-    from headstart import run
-    from headstart.config import settings
+    from headstart import run, selfcheck
 
-    config = settings(data, **given)
-    if config.dry_run:
-        say(run.costs(config))
-        return
-    if config.resume and run.is_finished(run.out_folder(config)):
-        note(f"{run.out_folder(config)}: is finished; nothing is left to resume.")
-        return
-    started = float(psutil.Process().create_time())  # so that imports count in the total
-    result = run.train(config, started=started, announce=note)
-    note(*result.notices)
-    say(result.summary())
-    if result.interrupted:
-        raise StoppedEarlyError("Ctrl-C: training ended early; the best so far was tested and saved.")
+    if selfcheck_resume:
+        say(selfcheck.check_resume(chosen, note))
+    elif chosen.dry_run:
+        say(run.costs(chosen))
+    elif chosen.resume and run.is_finished(run.out_folder(chosen)):
+        note(f"{run.out_folder(chosen)}: is finished; nothing is left to resume.")
+    else:
+        result = run.train(chosen, started=psutil.Process().create_time(), announce=note)  # imports count in the total
+        note(*result.notices)
+        say(result.summary())
+        if result.interrupted:
+            raise StoppedEarlyError("Ctrl-C: training ended early; the best so far was tested and saved.")
 
 
 @app.command()
 def evaluate(
-    run: RunArgument,
+    folder: RunArgument,
     data: DataArgument,
     text: TextOption = None,
     label: LabelOption = None,
@@ -123,17 +111,16 @@ def evaluate(
     precision: PrecisionOption = "auto",
 ) -> None:
     """Test a trained classifier on another labelled table."""
-    from headstart import predict, report
-    from headstart.run import evaluate as evaluate_on
+    from headstart import predict, report, run
 
-    result = evaluate_on(predict.load(run, device=device, precision=precision), data, text, label)
+    result = run.evaluate(predict.load(folder, device=device, precision=precision), data, text, label)
     note(*result.notices)
     say(report.evaluation_text(result.numbers, result.report))
 
 
 @app.command("predict")
 def predict_command(
-    run: RunArgument,
+    folder: RunArgument,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to label.")] = None,
     source: Annotated[Words, opt("--input FILE|-", "A table, or - for a text a line on stdin.")] = None,
     output: Annotated[Words, opt("--output FILE|-", "Where the table goes; - is stdout, as CSV.")] = None,
@@ -150,28 +137,20 @@ def predict_command(
         raise InputError("--output goes with --input FILE; labels of single texts are printed.")
     from headstart import predict
 
-    predictor = predict.load(run, device=device, precision=precision)
+    predictor = predict.load(folder, device=device, precision=precision)
+    cut = 0
     if source is not None and source != "-":
         rows, blank, cut = predict.predict_file(predictor, source, output or "-", text)
         note(f"{rows:,} rows labelled" + (f" in {output}." if output not in (None, "-") else "."))
         if blank:
             note(f"{blank:,} of them have an empty text and got no label.")
     else:
-        cut = print_labels(predictor, texts)
+        lines = texts or (line.decode("utf-8", "replace") for line in sys.stdin.buffer)
+        for answer in predict.label_lines(predictor, lines, at_once=1 if sys.stdin.isatty() else 1024):
+            say(f"{answer.label}\t{answer.confidence:.3f}\t{answer.text}".replace("\n", " "))
+            cut += answer.cut
     if cut:
         note(f"{cut:,} texts were cut to max_length ({predictor.classifier.max_length} tokens): the ends went unread.")
-
-
-def print_labels(predictor: Any, texts: list[str] | None) -> int:
-    """Print `label  confidence  text` for each text given, or each line of stdin; returns how many were cut."""
-    from headstart.predict import label_lines
-
-    lines = texts if texts else (line.decode("utf-8", "replace") for line in sys.stdin.buffer)
-    cut = 0
-    for answer in label_lines(predictor, lines, at_once=1 if sys.stdin.isatty() else 1024):
-        say(f"{answer.label}\t{answer.confidence:.3f}\t{answer.text}".replace("\n", " "))
-        cut += answer.cut
-    return cut
 
 
 @app.command()
@@ -215,28 +194,9 @@ def demo(out: Annotated[str, opt("--out --output-dir DIR", "The run folder.")] =
     complaint = "The update deleted my notes and nobody at support has answered."
     texts = ["A lovely little hotel, and we will be back.", "Great camera, but the battery dies by noon.", complaint]
     say("$ headstart train sample")
-    train_and_print("sample", {"out": out, "overwrite": True})
+    train("sample", out=out, overwrite=True)
     say(f'\n$ headstart predict {out} "…" "…" "…"')
-    from headstart import predict
-
-    print_labels(predict.load(out), texts)
-
-
-def whole_number(option: str, value: str | None, word: Literal["auto"]) -> int | Literal["auto"] | None:
-    """The value of an option that takes a whole number or a word, or else an `InputError`; None if not given."""
-    if value is None or value == word:
-        return word if value else None
-    if not value.isdecimal():
-        raise InputError(f"{option} takes {word} or a whole number, not {value!r}.")
-    return int(value)
-
-
-def seconds_in(duration: str) -> float:
-    """`90s`, `10m`, `1h` or `90` in seconds; an `InputError` if it is none of these."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration)
-    if not found:
-        raise InputError(f"--time-budget takes seconds, or a number with s, m or h, not {duration!r}.")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    predict_command(out, texts)
 
 
 def say(text: str) -> None:
@@ -250,7 +210,7 @@ def note(*messages: str) -> None:
         typer.echo(printable(message), err=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the person's input, 1 our fault, 130 on Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal's encoding lacks is no reason to stop

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,7 @@ class TrainConfig:
     label_names: tuple[str, ...] | None = None  # Names to show instead of the labels, in label order.
     recipe: Recipe = "headstart"  # The named set of defaults that this run started from.
     model: str = "minilm"  # The encoder: `minilm` (embedded), a Hub id, or a folder.
-    # How many of the top encoder layers are trained after the head; `all`: all and the embeddings; 0: none; `auto`: as
-    # many as the time budget allows, if that is better on validation data.
+    # How many of the top layers are trained after the head; `all`: embeddings, too; `auto`: what fits the time budget.
     thaw: str = "auto"
     time_budget: float = 600.0  # Seconds that `--thaw auto` may spend on fine-tuning.
     store: bool = True  # Keep the frozen layers' hidden states on disk while those above are trained; else recompute.
@@ -41,25 +41,24 @@ class TrainConfig:
     checkpoint_minutes: float = 10.0  # Minutes between checkpoints of fine-tuning; one at each epoch's end as well.
     keep_checkpoints: bool = False  # Leave the last checkpoints in the run folder.
     resume: bool = False  # Go on from the newest whole checkpoint in the run folder.
-    # `pooled`: on means over layers; `native`: the architecture's own; `auto`: pooled while frozen.
-    head: HeadKind = "auto"
-    # What a pooled head reads: `pooler`, `cls`, `mean-K`; None: picked on validation data.
-    head_features: tuple[str, ...] | None = None
+    head: HeadKind = (
+        "auto"  # `pooled`: on layers' means; `native`: the architecture's own; `auto`: pooled while frozen.
+    )
+    head_features: tuple[str, ...] | None = None  # What a pooled head reads: `pooler`, `cls`, `mean-K`; None: picked.
     head_width: int | None = None  # Width of a pooled head's hidden layer, 0 for none; None: picked on validation data.
     head_dropout: float = 0.2  # Dropout in a pooled head's hidden layer.
     trials: int | None = None  # How many heads optuna tries; None: the built-in search of a few dozen.
     folds: int | None = None  # Cross-validate in so many folds, then train the final head on all but the test part.
-    # Most epochs; None: 60 of a head, 3 of fine-tuning. With a thaw, this, the batch size, learning rate and weight
-    # decay are those of fine-tuning.
+    # Most epochs; None: 60 of a head, 3 to 6 of fine-tuning. With a thaw, this and the steps' settings are its.
     epochs: int | None = None
+    max_steps: int | None = None  # Fine-tuning ends after so many steps; None: with the last epoch.
     patience: int | None = 4  # Stop after this many epochs without a better validation loss; None: never.
     batch_size: int | None = None  # Texts a training step; None: an eighth of the texts trained on, from 32 to 512.
     lr: float | None = None  # AdamW's learning rate; None: picked on validation data.
     weight_decay: float | None = None  # AdamW's weight decay; None: picked on validation data.
     clip_norm: float = 1.0  # Largest gradient norm.
     max_length: int | None = None  # Tokens kept of a text, special ones too; None: from the training texts' lengths.
-    # `balanced`: each class counts alike in the loss (scikit-learn's formula); `none`: each text does.
-    class_weight: ClassWeight = "balanced"
+    class_weight: ClassWeight = "balanced"  # `balanced`: each class counts alike in the loss; `none`: each text does.
     seed: int = 2021  # Decides the split, the first weights and the order of batches.
     device: Device = "auto"  # Where tensors live.
     precision: Precision = "auto"  # Number format of the frozen encoder.
@@ -67,11 +66,13 @@ class TrainConfig:
     overwrite: bool = False  # Replace a run folder that is there.
 
     def __post_init__(self) -> None:
-        above = ("epochs", "batch_size", "lr", "clip_norm", "patience", "trials", "time_budget", "checkpoint_minutes")
+        above = ["epochs", "max_steps", "batch_size", "lr", "clip_norm", "patience", "trials"]
+        above += ["time_budget", "checkpoint_minutes"]
         least = {"weight_decay": 0, "max_length": 4, "seed": 0, "folds": 2}
         for name in (*above, *least):
             value = getattr(self, name)
-            if value is not None and not (value >= least[name] if name in least else value > 0):
+            enough = isinstance(value, (int, float)) and (value >= least[name] if name in least else value > 0)
+            if value is not None and not enough:
                 bound = f"at least {least[name]}" if name in least else "more than 0"
                 raise InputError(f"--{name.replace('_', '-')} must be {bound}, and {value} was given.")
         for field in dataclasses.fields(self):
@@ -94,10 +95,6 @@ class TrainConfig:
         for problem, there in problems.items():
             if there:
                 raise InputError(problem)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, as plain JSON types."""
-        return dataclasses.asdict(self)
 
 
 RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults above
@@ -131,13 +128,23 @@ def settings(data: str, recipe: Recipe = "headstart", **given: Any) -> TrainConf
         chosen.setdefault("thaw", "0")  # only the architecture's own head is fine-tuned, and once
     if "thaw" in chosen:
         chosen["thaw"] = str(chosen["thaw"])
+    if isinstance(chosen.get("time_budget"), str):
+        chosen["time_budget"] = seconds_in(chosen["time_budget"])
     if chosen.get("max_length") == "auto":
         chosen["max_length"] = None
     return TrainConfig(data=data, recipe=recipe, **{**RECIPES.get(recipe, {}), **chosen})
 
 
+def seconds_in(duration: str) -> float:
+    """`90s`, `10m`, `1h` or `90` in seconds; an `InputError` if it is none of these."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration)
+    if not found:
+        raise InputError(f"--time-budget takes seconds, or a number with s, m or h, not {duration!r}.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 PLACES = ("data", "out", "overwrite", "resume", "dry_run")  # settings of one call, not of what it makes
-STEPS = ("epochs", "lr", "batch_size", "weight_decay")
+STEPS = ("epochs", "max_steps", "lr", "batch_size", "weight_decay")
 
 
 def from_file(name: str) -> dict[str, Any]:
@@ -145,12 +152,16 @@ def from_file(name: str) -> dict[str, Any]:
     try:
         text = Path(name).read_text(encoding="utf-8")
         found = json.loads(text) if name.endswith(".json") else tomllib.loads(text)
-        aside: tuple[str, ...] = PLACES
+        aside: tuple[str, ...] = ("data",)
         if name.endswith(".json"):
-            kept, found = found["thaw"]["kept"], found["settings"]
-            if kept == "0" != found["thaw"]:
+            info, found, aside = found, found["settings"], PLACES
+            asked, found["thaw"] = found["thaw"], info["thaw"]["kept"]
+            if found["thaw"] == "0" != asked:
                 aside += STEPS  # they were fine-tuning's, which was not kept
-            found["thaw"] = kept
+                found["head"] = found["head"] if asked == "auto" else "native"
+            elif found["thaw"] != "0":
+                found["max_steps"], found["trials"] = info["thaw"].get("steps"), None
+            found["max_length"] = found["max_length"] or "auto"  # a recipe may have another default
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--config {name}: cannot be read as settings ({error!r}).") from error
     return {field: tuple(one) if isinstance(one, list) else one for field, one in found.items() if field not in aside}

@@ -1,9 +1,10 @@
 """Frames to a checked `Dataset`: labels and their order, blank and repeated rows, and the splits. No file formats."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,7 +17,6 @@ from headstart.tables import is_delimited, name_rows, read_columns, resolve_path
 Indexes = NDArray[np.int64]
 Namings = Sequence[Sequence[str]]  # ways to name the same labels, each in label order
 Duplicates = Literal["together", "as they fall"]
-WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Dataset:
         return replace(self, texts=[self.texts[i] for i in index], labels=self.labels[index], rows=self.rows[index])
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """Three disjoint parts of the labelled texts, and what was done to get them."""
 
     train: Dataset
@@ -52,13 +51,12 @@ class Splits:
 def label_texts(column: pl.Series, known: Sequence[str] = ()) -> list[str]:
     """Each label as its name, empty where blank: strings without spaces around them, whole numbers in plain digits.
 
-    Numbers lose `.0` and leading zeros where all labels are whole numbers; where `known` are the labels that there
-    may be, a label loses them if it is known only so.
+    Numbers lose `.0` and leading zeros where all labels are whole numbers, or, given `known` labels, if known only so.
     """
     column = column.fill_nan(None) if column.dtype.is_float() else column
     written = column.cast(pl.String).str.strip_chars().fill_null("").to_list()
     present = set(written) - {""}
-    plain = {label: str(int(label.split(".")[0])) for label in present if WHOLE_NUMBER.fullmatch(label)}
+    plain = {label: str(int(label.split(".")[0])) for label in present if re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", label)}
     if known:
         plain = {label: number for label, number in plain.items() if label not in known and number in known}
     elif len(plain) < len(present):
@@ -87,8 +85,7 @@ def load(
 ) -> Dataset:
     """Read and check a table of labelled texts: a path, an hf:// address, or `sample`; columns not named are found.
 
-    `known` are the ways to name the labels, when another table has decided them: the whole table uses one. The first
-    that fits is taken, the last names them. A `DataError` has every problem found, such as less than `least_rows`.
+    `known` are ways to name the labels: the first that fits is read, the last shown. A `DataError` has every problem.
     """
     path = resolve_path(source)
     table, columns = read_columns(path, text=text, label=label)
@@ -97,17 +94,15 @@ def load(
     rows = np.arange(len(texts)) + (2 if is_delimited(path) else 1)  # as a spreadsheet counts: the header is row 1
     no_text = np.array([not one.strip() for one in texts])
     no_label = np.array([not one for one in readings[0]]) & ~no_text
-    notices = [
-        f"{path}: dropped {count_of(len(dropped), 'row')} with an empty {what} ({name_rows(dropped)})."
-        for what, blank in (("text", no_text), ("label", no_label))
-        if (dropped := rows[blank].tolist())
-    ]
+    notices = list[str]()
+    for what, blank in (("text", no_text), ("label", no_label)):
+        if empty := rows[blank].tolist():
+            notices.append(f"{path}: dropped {count_of(len(empty), 'row')} with an empty {what} ({name_rows(empty)}).")
     kept = np.flatnonzero(~no_text & ~no_label)
     rows, texts = rows[kept], [texts[i] for i in kept]
     readings = [[reading[i] for i in kept] for reading in readings]
-    problems: list[str] = []
-    if len(texts) < least_rows:
-        problems.append(f"{path}: has {count_of(len(texts), 'usable row')}, and at least {least_rows} are needed.")
+    too_few = f"{path}: has {count_of(len(texts), 'usable row')}, and at least {least_rows} are needed."
+    problems = [too_few] if len(texts) < least_rows else []
     if not known:
         known = [names := label_order(set(readings[0]))]
         if len(names) == 1:
@@ -128,12 +123,10 @@ def load(
     if any(other != fitting[0] for other in fitting):
         not_so = f"not as the names shown for them ({', '.join(known[-1])})"
         notices.append(f"{path}: its labels are read as those trained on ({trained_on}), {not_so}.")
-    found: dict[str, set[str]] = {}
-    for one, written in zip(texts, readings[best], strict=True):
-        found.setdefault(text_key(one), set()).add(written)
+    found = Counter(key for key, _ in dict.fromkeys(zip(map(text_key, texts), readings[best], strict=True)))
     if repeats := len(texts) - len(found):
         notices.append(f"{path}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text.")
-    if conflicts := [key for key, different in found.items() if len(different) > 1]:
+    if conflicts := [key for key, labels in found.items() if labels > 1]:
         stand = f"{count_of(len(conflicts), 'text')} stand{'s' if len(conflicts) == 1 else ''} there"
         notices.append(f"{path}: {stand} with different labels (for example {shown(conflicts[0], 60)}).")
     return Dataset(texts, np.array(fitting[0]), tuple(known[-1]), rows, tuple(notices), columns, path)
@@ -154,19 +147,17 @@ def split(
 ) -> Splits:
     """Train, validation and test parts: 70:15:15 as the article does it, or the tables given.
 
-    Without tables, scikit-learn's stratified `train_test_split` takes 30% off and halves that, with the same seed. With
-    one table given, 15 of the remaining 85 parts become the other. `duplicates="together"` moves all copies of a text
-    to one part afterwards, to training if one is there.
+    Scikit-learn's stratified `train_test_split` takes 30% off and halves that with the same seed, or takes 15 of 85 if
+    one table is given. `duplicates="together"` then moves all copies of a text to one part, if possible to training.
     """
     given = {name: table for name, table in (("validation", validation), ("test", test)) if table is not None}
-    rest = np.arange(len(dataset))
-    parts = {"train": rest}
+    parts = {"train": np.arange(len(dataset))}
     if not given:
-        parts["train"], rest = _cut(dataset, rest, 0.3, seed)
+        parts["train"], rest = _cut(dataset, parts["train"], 0.3, seed)
         parts["validation"], parts["test"] = _cut(dataset, rest, 0.5, seed)
     elif len(given) == 1:
         missing = "test" if "validation" in given else "validation"
-        parts["train"], parts[missing] = _cut(dataset, rest, round(len(rest) * 15 / 85), seed)
+        parts["train"], parts[missing] = _cut(dataset, parts["train"], round(len(dataset) * 15 / 85), seed)
     notices = [notice for table in (dataset, *given.values()) for notice in table.notices]
     rows = np.concatenate(list(parts.values()))
     old = np.repeat(list(parts), [len(part) for part in parts.values()])
@@ -178,16 +169,13 @@ def split(
         for name, part in parts.items():
             if not len(part):
                 raise DataError(f"{dataset.source}: too many rows repeat another's text: nothing is left for {name}.")
-            if lost := sorted(set(range(len(dataset.names))) - set(dataset.labels[part].tolist())):
-                names = ", ".join(shown(dataset.names[i]) for i in lost[:6])
-                notices.append(f"After that, no row in the {name} part has the label {names}.")
-    tables = {name: dataset.take(part) for name, part in parts.items()} | given
-    known = {text_key(text) for text in tables["train"].texts}
+            if lost := [shown(label) for i, label in enumerate(dataset.names) if i not in dataset.labels[part]]:
+                notices.append(f"After that, no row in the {name} part has the label {', '.join(lost[:6])}.")
     for name, table in given.items():
-        if leaked := sum(text_key(text) in known for text in table.texts):
+        if leaked := sum(home.get(text_key(text)) == "train" for text in table.texts):
             stand = f"{leaked:,} of the {len(table):,} {name} texts also stand{'s' if leaked == 1 else ''}"
             notices.append(f"{stand} in the training table: the {name} score may flatter.")
-    return Splits(**tables, notices=tuple(notices))
+    return Splits(**{name: dataset.take(part) for name, part in parts.items()}, **given, notices=tuple(notices))
 
 
 def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Indexes, Indexes]:
@@ -202,8 +190,7 @@ def _cut(dataset: Dataset, rows: Indexes, share: float, seed: int) -> tuple[Inde
         rarest = [i for i in np.argsort(counts, kind="stable").tolist() if counts[i] < 7] or [int(counts.argmin())]
         named = ", ".join(f"{shown(dataset.names[i])} has {count_of(counts[i], 'row')}" for i in rarest[:6])
         more = f" (and {len(rarest) - 6:,} more labels are as rare)" if len(rarest) > 6 else ""
-        raise DataError(
-            f"{dataset.source}: too few rows to put each label in training, validation and test: the label {named}"
-            f"{more}. Merge it with another label, add rows, or give files with --validation and --test."
-        ) from error
+        why = f"too few rows to put each label in training, validation and test: the label {named}{more}"
+        mend = "Merge it with another label, add rows, or give files with --validation and --test."
+        raise DataError(f"{dataset.source}: {why}. {mend}") from error
     return kept, off

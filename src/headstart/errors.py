@@ -1,7 +1,4 @@
-"""The exceptions headstart raises on purpose.
-
-Every message is a whole sentence: what is wrong and what to do about it. This room knows nothing of the others.
-"""
+"""What headstart raises on purpose, in whole sentences: what is wrong and what to do. Knows nothing of other rooms."""
 
 import errno
 import re

@@ -12,11 +12,10 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from safetensors.numpy import save
 from headstart.config import CACHE_MAX_BYTES
 from headstart.encoder import Encoder, encode, stored_layout
 from headstart.errors import InputError, count_of, disk_errors
+from headstart.folders import reserve, whole_file
 from headstart.progress import bar
 from headstart.tokens import Tokens
 
@@ -76,11 +76,6 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def values(self) -> NDArray[np.float16]:
-        """(n, vectors, hidden), a copy."""
-        return self.distinct[self.rows]
-
     def columns(self, names: Sequence[str]) -> NDArray[np.float32]:
         """(n, len(names), hidden): some of the layout's vectors of each text."""
         places = [self.layout.index(name) for name in names]
@@ -106,14 +101,17 @@ def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) ->
     with disk_errors(folder := cache_folder()):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            return np.memmap(file, dtype, mode="w+", shape=shape)
+            found = np.memmap(file, dtype, mode="w+", shape=shape)
+            reserve(file, found.nbytes)
+            return found
 
 
 class Shelf:
     """Stored vectors of one encoder and layout, (vectors, hidden) a text, in one folder; `warnings` tells of damage."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
-        self.folder, self.shape = folder, shape
+    def __init__(self, encoder: Encoder, layout: Sequence[str]) -> None:
+        name = hashlib.sha256(json.dumps([FORMAT, encoder.fingerprint, list(layout)]).encode()).hexdigest()[:32]
+        self.folder, self.shape = cache_folder() / "features" / name, (len(layout), encoder.hidden)
         self.warnings: list[str] = []
 
     def lookup(self, keys: Keys, into: NDArray[np.float16]) -> NDArray[np.bool_]:
@@ -136,12 +134,9 @@ class Shelf:
         """Copy what a segment has of the texts not yet found; returns what is amiss with it, or nothing."""
         with safe_open(path, framework="numpy") as segment:
             stored = np.ascontiguousarray(segment.get_tensor("keys"))
-            stored_keys = stored.view(f"V{KEY_BYTES}").ravel()
-            order, missing = np.argsort(stored_keys), np.flatnonzero(~found)
-            place = np.searchsorted(stored_keys, keys[missing], sorter=order)
-            rows = order[np.minimum(place, len(order) - 1)]  # a segment is never empty
-            here = stored_keys[rows] == keys[missing]
-            targets, rows = missing[here], rows[here]
+            missing = np.flatnonzero(~found)
+            _, rows, here = np.intersect1d(stored.view(f"V{KEY_BYTES}"), keys[missing], return_indices=True)
+            targets = missing[here]
             if not len(rows):
                 return ""
             sums, values = segment.get_tensor("checksums"), segment.get_tensor("values")
@@ -159,50 +154,28 @@ class Shelf:
         flat = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
         data = save({"keys": flat, "checksums": checksums(flat, values), "values": np.ascontiguousarray(values)})
         store = self.folder.parent
-        with disk_errors(store):
-            store.mkdir(parents=True, exist_ok=True)
-            with FileLock(store / "lock"):
-                for orphan in store.glob("*/.*.safetensors.*.tmp"):  # of a killed writer: a living one holds the lock
-                    orphan.unlink(missing_ok=True)
-                with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as part, open(part, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                sync_folder(self.folder)
-                segments = by_age([*store.glob("*/*.safetensors"), *store.glob("*/*.npy")])
-                excess = sum(size for _, size, _ in segments) - cache_max_bytes()
-                for _, size, path in segments:
-                    if excess > 0:
-                        path.unlink(missing_ok=True)
-                        excess -= size
+        with disk_errors(store), FileLock(store / "lock"):
+            for orphan in store.glob("*/.*.safetensors.*.tmp"):  # of a killed writer: a living one holds the lock
+                orphan.unlink(missing_ok=True)
+            with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
+                part.write_bytes(data)
+            evict(store)
+
+
+def evict(store: Path) -> None:
+    """Delete what was used longest ago while the store is over its cap; its lock is held."""
+    segments = by_age([*store.glob("*/*.safetensors"), *store.glob("*/*.npy")])
+    excess = sum(size for _, size, _ in segments) - cache_max_bytes()
+    for _, size, path in segments:
+        if excess > 0:
+            path.unlink(missing_ok=True)
+            excess -= size
 
 
 def checksums(keys: NDArray[np.uint8], values: NDArray[np.float16]) -> NDArray[np.uint32]:
     """(n,) CRC-32 of each row's key and vectors."""
     sums = [zlib.crc32(value.tobytes(), zlib.crc32(key.tobytes())) for key, value in zip(keys, values, strict=True)]
     return np.array(sums, dtype=np.uint32)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it at the end, removed if anything failed."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the disk has a folder's entries (POSIX; elsewhere renames are already ordered)."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
@@ -214,20 +187,13 @@ def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
-def shelf_for(encoder: Encoder, layout: Sequence[str]) -> Shelf:
-    """The shelf of an encoder and layout; its name holds everything but the text that changes a vector."""
-    name = hashlib.sha256(json.dumps([FORMAT, encoder.fingerprint, list(layout)]).encode()).hexdigest()[:32]
-    return Shelf(cache_folder() / "features" / name, (len(layout), encoder.hidden))
-
-
 def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
     """What the frozen encoder makes of n truncated texts: from the store if it is there, else computed and kept.
 
-    Each distinct text is looked up or computed once, and rounded to half precision either way, so that a stored and a
-    fresh answer are the same. A `DiskError` if the store cannot be written.
+    Each distinct text is found or computed once, in half precision either way. A `DiskError` if it cannot be stored.
     """
     layout = stored_layout(encoder)
-    shelf = shelf_for(encoder, layout)
+    shelf = Shelf(encoder, layout)
     keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
     values = roomy((len(keys), *shelf.shape), np.float16)
     missing = np.flatnonzero(~shelf.lookup(keys, values))

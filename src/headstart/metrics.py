@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from headstart.errors import printable
@@ -20,13 +21,12 @@ def evaluate(probabilities: NDArray[np.float64], truth: Labels, names: Sequence[
     classes, predicted = range(len(names)), probabilities.argmax(axis=1)
     correct = int((predicted == truth).sum())
     columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    heads = ("precision", "recall", "f1", "support")
-    per_label = {name: dict(zip(heads, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+    rows = pl.DataFrame(columns, schema=["precision", "recall", "f1", "support"]).to_dicts()
+    per_label = dict(zip(names, rows, strict=True))
     return {
         "n": len(truth),
         "accuracy": correct / len(truth),
-        "accuracy_ci95": list(accuracy_interval(correct, len(truth))),
+        "accuracy_ci95": accuracy_interval(correct, len(truth)),
         "macro_f1": float(np.mean([one["f1"] for one in per_label.values() if one["support"]])),
         "log_loss": float(log_loss(truth, probabilities, labels=classes)),
         "ece": calibration_error(probabilities, truth),
@@ -36,12 +36,11 @@ def evaluate(probabilities: NDArray[np.float64], truth: Labels, names: Sequence[
     }
 
 
-def accuracy_interval(correct: int, n: int) -> tuple[float, float]:
+def accuracy_interval(correct: int, n: int) -> list[float]:
     """Wilson's 95% interval of a share (Wilson 1927), as scipy computes it."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(low), float(high)
+    return [float(end) for end in binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")]
 
 
 def calibration_error(probabilities: NDArray[np.float64], truth: Labels) -> float:
@@ -72,11 +71,9 @@ def baselines(
     from sklearn.pipeline import make_pipeline
 
     majority = DummyClassifier(strategy="most_frequent")
-    tfidf = make_pipeline(
-        # Single characters are words in some languages, so the default pattern of two or more will not do.
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
-        LogisticRegression(C=10.0, solver="sag", max_iter=1000, random_state=0),
-    )
+    # Single characters are words in some languages, so the default pattern of two or more will not do.
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    tfidf = make_pipeline(words, LogisticRegression(C=10.0, solver="sag", max_iter=1000, random_state=0))
     worded = any(re.search(r"\w", text) for text in train_texts)  # else there is nothing for TF-IDF to go by
     scores = {}
     for name, model in (("majority", majority), ("tfidf_logreg", tfidf if worded else majority)):

@@ -7,11 +7,9 @@ import contextlib
 import copy
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +22,8 @@ from torch import nn
 
 from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
 from headstart.engine import NATIVE_HEADS, NativeScorer, PooledHead, PooledScorer, pooled_output, supports
-from headstart.errors import ModelError, RunError, count_of, disk_errors
-from headstart.features import Features, sync_folder
+from headstart.errors import ModelError, RunError, count_of
+from headstart.features import Features
 from headstart.tokens import Tokenizer, Tokens
 
 SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
@@ -181,23 +179,25 @@ class ThawedModel(nn.Module):
             found = layer.search(name)
             above = int(found[1]) >= self.start if found else "embeddings" not in name
             parameter.requires_grad_(depth == "all" or above)
-        self.used = used if depth == "all" and self.uses_engine and self.config["model_type"] != "roberta" else None
+        self.used = used if depth == "all" and self.uses_engine else None
         if self.used is not None:
             words = model.get_input_embeddings()
             self.all_words = [words.weight.data]  # in a list, so that it does not move or train
             words.weight = nn.Parameter(words.weight.data[torch.from_numpy(self.used)])
         model.to(self.placement.device)
 
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """(batch, labels) logits of token ids, or of the hidden states below the thawed layers, and their mask."""
-        x, mask = (one.to(self.placement.device) for one in inputs)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, labels) logits of token ids, or of the hidden states below the thawed layers, and their mask.
+
+        They are computed where the inputs are: gradients find their way back to the weights.
+        """
         if not self.uses_engine:
             self.model.eval()  # no dropout, as in the engine: a run that is resumed needs no generator's state
             half = self.placement.precision != "fp32"
             with torch.autocast(x.device.type, self.placement.dtype, enabled=half):
                 return self.model(input_ids=x, attention_mask=mask).logits.float()
         live = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
-        scorer = NativeScorer(self.config, live, self.placement.device, self.placement.dtype, self.start)
+        scorer = NativeScorer(self.config, live, x.device, self.placement.dtype, self.start)
         if x.is_floating_point():
             return scorer.onward(x.to(self.placement.dtype), mask)
         return scorer(x, mask)
@@ -226,11 +226,8 @@ def native_feature(encoder: Encoder) -> str:
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:
     """What a transformers configuration says of the labels."""
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "single_label_classification",
-    }
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {**labels, "problem_type": "single_label_classification"}
 
 
 @dataclass(frozen=True)
@@ -249,90 +246,6 @@ class Classifier:
         with torch.inference_mode():
             found = self.model(torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where))
         return (found if isinstance(found, torch.Tensor) else found.logits).float().cpu()
-
-
-PLAN = "checkpoint-plan.json"  # in a folder while its run is being fine-tuned: how deep
-
-
-def is_unfinished(out: Path) -> bool:
-    """Whether a folder holds a run that was ended while it was being fine-tuned."""
-    return (out / PLAN).is_file()
-
-
-def check_out(out: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output folder that cannot or must not be written, before any work is done."""
-    with disk_errors(out):
-        if out.is_file():
-            raise RunError(f"{out}: is a file; --out takes a folder.")
-        unfinished = is_unfinished(out)
-        if out.is_dir() and any(out.iterdir()) and not (resume and unfinished):
-            if not overwrite:
-                going_on = "holds a run that has not ended. Go on with it by --resume"
-                what = going_on if unfinished else "is not empty. Choose another --out"
-                raise RunError(f"{out}: {what}, or replace it with --overwrite.")
-            if not (out / "headstart.json").is_file() and not unfinished:
-                raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
-        # Its missing folders are made when there is something to put into them.
-        place = next(folder for folder in out.absolute().parents if folder.exists())
-        probe = _beside(place / out.name, "tmp")
-        probe.mkdir()
-        probe.rmdir()
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill beside `out`; at the end it is synced and renamed to `out`, or removed if anything failed.
-
-    Without `overwrite` nothing makes way: a `RunError` then says which other name the folder has got instead.
-    """
-    with disk_errors(out):
-        place = out.resolve()  # a link stays one
-        temporary, replaced = _beside(place, "tmp"), _beside(place, "old")
-        try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            _settle(temporary)
-            if overwrite and place.is_dir():
-                place.rename(replaced)
-            kept = _rename(temporary, place)
-            sync_folder(place.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-    if kept != place:
-        why = "something has come to be there since this run began, so it was left alone"
-        raise RunError(f"{out}: {why}. This run's result is kept in {kept}.")
-
-
-def _beside(path: Path, kind: str) -> Path:
-    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}"
-
-
-def _settle(folder: Path) -> None:
-    """Give files the usual mode (safetensors writes for the owner alone), and wait until the disk has everything."""
-    os.umask(mask := os.umask(0))  # it can only be read by setting it
-    for path in (*folder.rglob("*"), folder):
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        path.chmod(0o666 & ~mask)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def _rename(folder: Path, place: Path) -> Path:
-    """Rename to `place` if that is free or an empty folder, else to `place`-2, `place`-3, …; returns the new name."""
-    target, number = place, 1
-    while True:
-        try:
-            if os.name == "nt" and target.is_dir():
-                target.rmdir()  # POSIX replaces an empty folder
-            return folder.rename(target)
-        except OSError:
-            if not os.path.lexists(target):
-                raise
-            number += 1
-            target = place.with_name(f"{place.name}-{number}")
 
 
 def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from gzip import GzipFile
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -15,19 +15,19 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from polars.io.plugins import register_io_source
 
 from headstart.config import Device, Precision
 from headstart.encoder import choose_placement
 from headstart.engine import side_by_side
 from headstart.errors import DataError, disk_errors
-from headstart.features import whole_file
+from headstart.folders import whole_file
 from headstart.model import Classifier, load_run
 from headstart.progress import bar
 from headstart.tables import file_format, find_column, parsing, resolve_path, scan
 from headstart.tokens import like_length_batches
 
 CHUNK_ROWS = 2048
-MOST_TOKENS = 2048
 SMALLEST_CHUNK = 64  # fewer texts than this are not worth another thread
 MOST_REMEMBERED = 50_000  # answers kept, some 300 bytes each, so that a text that comes again is not scored again
 READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1"}
@@ -66,30 +66,29 @@ class Predictor:
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         answers = {key: answer for key in keys if (answer := self.remembered.get(key))}
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
-        pending = list(fresh.values())
+        pending = list(fresh.items())
         size = min(CHUNK_ROWS, max(SMALLEST_CHUNK, -(-len(pending) // torch.get_num_threads())))
         chunks = (pending[start : start + size] for start in range(0, len(pending), size))
-        rows: list[tuple[NDArray[np.float64], bool]] = []
         with bar(progress, len(fresh), "texts") as advance:
-            for scores in side_by_side(self._score, chunks):
-                rows.extend(zip(scores.probabilities, scores.cut.tolist(), strict=True))
-                advance(len(scores.cut), "")
-        answers |= zip(fresh, rows, strict=True)
+            for found in side_by_side(self._score, chunks):
+                answers |= found
+                advance(len(found), "")
         if len(self.remembered) + len(fresh) > MOST_REMEMBERED:
             self.remembered = {}
         self.remembered |= itertools.islice(((key, answers[key]) for key in fresh), MOST_REMEMBERED)
         probabilities = np.array([answers[key][0] for key in keys]).reshape(len(keys), len(self.names))
         return Scores(probabilities, np.array([answers[key][1] for key in keys], dtype=bool))
 
-    def _score(self, texts: Sequence[str]) -> Scores:
-        """Scores of distinct texts, computed on one thread."""
+    def _score(self, fresh: Sequence[tuple[bytes, str]]) -> dict[bytes, tuple[NDArray[np.float64], bool]]:
+        """What to remember of texts, by key, computed on one thread."""
         tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
-        whole = tokenizer(texts)
+        whole = tokenizer([text for _, text in fresh])
         tokens = tokenizer.truncate(whole, limit)
         logits = torch.empty(len(tokens), len(self.names))
-        for index in like_length_batches(tokens.lengths, most_tokens=MOST_TOKENS):
+        for index in like_length_batches(tokens.lengths):
             logits[index] = self.classifier.logits(*tokens.padded(index, tokenizer.pad_id))
-        return Scores(probabilities_of(logits), whole.lengths > limit)
+        answers = zip(probabilities_of(logits), (whole.lengths > limit).tolist(), strict=True)
+        return {key: answer for (key, _), answer in zip(fresh, answers, strict=True)}
 
 
 def load(run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> Predictor:
@@ -123,7 +122,7 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
     frame = scan(path)
     schema = frame.collect_schema()
     trained_on = predictor.classifier.info.get("columns", [None])[0]
-    wanted = text if text is not None or trained_on not in schema else trained_on
+    wanted = trained_on if text is None and trained_on in schema else text
     column = find_column(path, schema.names(), wanted, "text")
     ending = ".csv" if output == "-" else file_format(output)
     if output != "-" and Path(output).resolve() == Path(path).resolve():
@@ -161,22 +160,17 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
 
 def read_parts(frame: pl.LazyFrame, path: str) -> Iterator[pl.DataFrame]:
     """The rows of a table, `CHUNK_ROWS` at a time, read ahead as little as the person's environment leaves to us."""
-    added = {name: value for name, value in READ_AHEAD.items() if name not in os.environ}
-    os.environ |= added
-    try:
-        with parsing(path):
-            for chunk in frame.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
-                yield from chunk.iter_slices(CHUNK_ROWS)
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    with ExitStack() as stack, parsing(path):
+        for name in READ_AHEAD.keys() - os.environ.keys():
+            os.environ[name] = READ_AHEAD[name]
+            stack.callback(os.environ.pop, name, None)
+        for chunk in frame.collect_batches(chunk_size=CHUNK_ROWS, maintain_order=True):
+            yield from chunk.iter_slices(CHUNK_ROWS)
 
 
 def write_frames(file: IO[bytes] | GzipFile, ending: str, frames: Iterator[pl.DataFrame], empty: pl.DataFrame) -> None:
     """Write frames, all with the columns of `empty`, one after the other as a table of the format."""
     if ending == ".parquet":
-        from polars.io.plugins import register_io_source
-
         whole = register_io_source(lambda *_: frames, schema=empty.schema)  # a plain sink asks for all of it
         whole.sink_parquet(file)  # type: ignore[arg-type]  # a GzipFile is an IO in all but name
     elif ending in (".csv", ".tsv"):
@@ -207,6 +201,5 @@ def label_lines(predictor: Predictor, lines: Iterable[str], at_once: int = 1) ->
     texts = (text for line in lines if (text := line.strip()))
     while chunk := list(itertools.islice(texts, at_once)):
         scores = predictor.score(chunk)
-        for text, row, cut in zip(chunk, scores.probabilities, scores.cut, strict=True):
-            best = int(row.argmax())
-            yield Answer(text, predictor.names[best], float(row[best]), bool(cut))
+        said = answer_columns(scores.probabilities, predictor.names)
+        yield from map(Answer, chunk, said["prediction"], said["confidence"], scores.cut.tolist())

@@ -10,29 +10,21 @@ Advance = Callable[[int, str], None]
 """Called with how many more are done and a short note (a loss, say) shown beside the bar."""
 
 
-def _undrawn(done: int, note: str) -> None:
-    pass
-
-
 @contextmanager
 def bar(label: str | None, total: int | None, unit: str) -> Iterator[Advance]:
     """A bar that counts up to `total` `unit`, with rate and time left; a `total` of None draws a pulse without an end.
 
     `label` says what is being done; without one nothing is drawn.
     """
-    if label is None:
-        yield _undrawn
-        return
     console = Console(stderr=True)
+    if label is None or not console.is_terminal:
+        yield lambda done, note: None
+        return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total, note="", rate="")
 
         def advance(done: int, note: str = "") -> None:

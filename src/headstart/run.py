@@ -18,19 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from headstart import data, metrics, report, tables
-from headstart.checkpoints import Checkpoints
-from headstart.config import HeadKind, TrainConfig
+from headstart.checkpoints import PLAN, Checkpoints, check_out, is_unfinished
+from headstart.config import PLACES, HeadKind, TrainConfig
 from headstart.data import Dataset, Splits
 from headstart.encoder import Encoder, choose_placement, length_limit, load_config, load_encoder, load_tokenizer, locate
-from headstart.errors import DataError, InputError, disk_errors
-from headstart.features import Features, frozen_features, whole_file
-from headstart.model import PLAN, Depth, check_depth, check_out, is_unfinished, new_folder, read_json, save_model
+from headstart.errors import DataError, InputError, StoppedEarlyError, disk_errors
+from headstart.features import Features, frozen_features
+from headstart.folders import new_folder, whole_file
+from headstart.model import Depth, check_depth, read_json, save_model
 from headstart.predict import Predictor, probabilities_of
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
 from headstart.tokens import LengthAdvice, Tokens, advise_length
 from headstart.train import History
 from headstart.trials import Task, TrainedHead, in_folds, refit, train_head
 
+LEFT = "Ctrl-C: the checkpoints in {} are left as they are; --resume goes on from the newest."
+PARTS = ("train", "validation", "test")  # as `Splits` has them
 Announce = Callable[[str], None]
 Json = dict[str, Any]
 
@@ -81,9 +84,13 @@ class Prepared:
         seen, held = (self.features.take(part) for part in self.index[:2])
         return Task(self.encoder, seen, held, train.labels, validation.labels, train.names, config)
 
-    def fine_tuning(self, config: TrainConfig) -> FineTuning:
+    def fine_tuning(self, config: TrainConfig, probe: TrainedHead | None = None) -> FineTuning:
         """The task of fine-tuning, which starts from the architecture's own head trained on stored features."""
-        probe = train_head(self.task(replace(head_settings(config), head="native")))
+        if probe is None or probe.spec is not None:
+            settings = replace(head_settings(config), head="native", trials=None, recipe="headstart")
+            probe = train_head(self.task(settings))
+        if probe.history.interrupted:
+            raise KeyboardInterrupt
         train, validation = self.splits.train, self.splits.validation
         start, parts = probe.whole(train.names), (self.index[0], self.index[1], self.index[2])
         return FineTuning(self.encoder, self.tokens, parts, train.labels, validation.labels, train.names, config, start)
@@ -121,9 +128,8 @@ def prepare(config: TrainConfig, seconds: dict[str, float]) -> Prepared:
 def train(config: TrainConfig, started: float | None = None, announce: Announce = lambda _: None) -> Run:
     """Train, test once, and write the run folder; the total counts from `started`, a `time.time()`, or from now.
 
-    `announce` is called with a sentence on what comes next, or has come out, while there is more to do. An `InputError`
-    is raised, with nothing written, if the data, the model, a setting or the output folder cannot be used, and a
-    `TerminatedError`, after a checkpoint, if SIGTERM comes during fine-tuning.
+    `announce` is told what comes next, or has come out. An `InputError` is raised, with nothing written, if the data,
+    the model, a setting or the output folder cannot be used, and a `TerminatedError` after SIGTERM.
     """
     started = time.time() if started is None else started
     seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
@@ -136,6 +142,8 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
         chosen = train_head(task)
         plan: Json = {}
         head, cross, fine, interrupted = chosen, None, None, chosen.history.interrupted
+        if interrupted and config.resume and is_unfinished(out):
+            raise StoppedEarlyError(LEFT.format(out))
         if config.folds is not None and not interrupted:
             head, cross = train_on_all(task, chosen, splits, ready.features)
         if config.thaw != "0" and not interrupted:
@@ -147,7 +155,7 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
         final: TrainedHead | Thawed = head
         if fine is not None:
             stages.append(stage_record(f"thaw-{fine.depth}", fine.history))
-            if config.thaw != "auto" or quality(fine.history) > quality(chosen.history):
+            if plan["kept"] != "0":
                 final, logits = fine, [fine.validation_logits, fine.test_logits]
         # A head trained on all but test is validated by the one that has not seen the validation part.
         held, probabilities = map(probabilities_of, logits)
@@ -162,14 +170,13 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
         text = metrics.report_text(probabilities, test.labels, names)
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     info: Json = {"headstart": importlib.metadata.version("headstart"), "created": created, "out": str(out)}
-    info |= {"settings": config.to_dict(), "names": list(names), "labels": list(ready.raw_labels)}
+    info |= {"settings": asdict(config), "names": list(names), "labels": list(ready.raw_labels)}
     info |= {"columns": list(splits.train.columns), "data": data_fingerprint(splits)}
-    info |= {"split": {name: len(part) for name, part in parts_of(splits).items()}, "notices": list(splits.notices)}
+    info |= {"split": dict(zip(PARTS, map(len, splits[:3]), strict=True)), "notices": list(splits.notices)}
     info |= {"max_length": ready.max_length, "max_length_reason": ready.max_length_reason}
     info |= {"placement": ready.encoder.placement.reason, "encoder_fingerprint": ready.encoder.fingerprint}
     info |= {"head": final.description(), "history": [asdict(epoch) for epoch in final.history.epochs]}
-    info |= {"thaw": {**plan, "kept": str(final.depth) if isinstance(final, Thawed) else "0"}}
-    info |= {"interrupted": interrupted, "seed": config.seed, "versions": versions()}
+    info |= {"thaw": {"kept": "0", **plan}, "interrupted": interrupted, "seed": config.seed, "versions": versions()}
     with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
         save_model(folder, final.whole(names), ready.encoder, ready.max_length)
         report.write_predictions(folder / "predictions.csv", test.texts, test.labels, probabilities, names)
@@ -193,36 +200,58 @@ def thaw_after(
     The depth is written down first, so that a run that is resumed has the same.
     """
     announce(f"Head      validation accuracy {quality(head.history)[0]:.3f}")
-    task, key = ready.fine_tuning(config), run_key(ready, config)
     plan: Json = read_json(out, PLAN) if is_unfinished(out) and config.resume else {}
-    if not plan:
-        plan = {"key": key, "depth": config.thaw, "reason": "as asked"}
-        if config.thaw == "auto":
-            costs = predicted_costs(task)
-            found = deepest_within(costs, config.time_budget)
-            why = f"the deepest predicted to fit {config.time_budget:,.0f} s" if found else "no depth fits the budget"
-            plan |= {"depth": str(found.depth) if found else "0", "reason": why}
-            plan["costs"] = [cost._asdict() for cost in costs]
-    if plan["depth"] == "0":
-        return None, plan
-    depth: Depth = "all" if plan["depth"] == "all" else int(plan["depth"])
-    predicted = [f"{cost['seconds']:,.0f} s predicted" for cost in plan.get("costs", []) if cost["depth"] == depth]
-    announce(f"Thaw      {layers_text(depth)}: {', '.join([plan['reason'], *predicted])}")
-    if depth != "all" and config.store:
-        size = 2 * ready.encoder.hidden * len(ready.tokens.ids) / 1e6
-        announce(f"Store     {size:,.0f} MB of hidden states below them (--no-store computes them anew each epoch)")
-    checkpoints = Checkpoints(out, key, config.checkpoint_minutes, announce)
-    if not config.resume:
-        checkpoints.clear()
-    begun = time.monotonic()
-    with disk_errors(out), whole_file(out / PLAN) as temporary:
-        report.write_json(temporary, plan)
+    key = run_key(ready, config)
+    if plan and plan["key"] != key:
+        hint = "Give the same ones as then, or start anew with --overwrite."
+        raise InputError(f"{out}: holds a run with other settings, data or versions that has not ended. {hint}")
     try:
+        task = ready.fine_tuning(config, head)
+        if not plan:
+            plan = {"key": key, **choose_depth(task, config, out)}
+        announce(f"Thaw      {plan['reason']}")
+        if plan["depth"] == "0":
+            return None, plan
+        depth = depth_of(plan["depth"])
+        if depth != "all" and config.store:
+            size = 2 * ready.encoder.hidden * len(ready.tokens.ids) / 1e6
+            announce(f"Store     {size:,.0f} MB of hidden states below them (--no-store computes them anew each epoch)")
+        checkpoints = Checkpoints(out, config.checkpoint_minutes, announce)
+        if not config.resume:
+            checkpoints.clear()
+        begun = time.monotonic()
+        with disk_errors(out), whole_file(out / PLAN) as temporary:
+            report.write_json(temporary, plan)
         deadline = begun + config.time_budget if config.thaw == "auto" else math.inf
         fine = task.fit(depth, checkpoints, deadline)
     except KeyboardInterrupt:
+        if plan and any(out.glob("checkpoint-*/")):
+            raise StoppedEarlyError(LEFT.format(out)) from None
         return None, {**plan, "interrupted": True}
-    return fine, {**plan, "seconds": round(time.monotonic() - begun, 3)}
+    better = config.thaw != "auto" or quality(fine.history) > quality(head.history)
+    announce(f"Thawed    validation accuracy {quality(fine.history)[0]:.3f}: {'kept' if better else 'not kept'}")
+    seconds, cut = time.monotonic() - begun, fine.history.interrupted or time.monotonic() > deadline
+    plan |= {"kept": plan["depth"] if better else "0", "steps": fine.history.steps if cut else None}
+    return fine, {**plan, "seconds": round(seconds, 3)}
+
+
+def choose_depth(task: FineTuning, config: TrainConfig, out: Path) -> Json:
+    """How deep to thaw and why, and with `auto` what each depth was predicted to cost."""
+    if config.thaw != "auto":
+        return {"depth": config.thaw, "reason": f"{layers_text(depth_of(config.thaw))}, as asked"}
+    costs = predicted_costs(task, out)
+    listed = [cost._asdict() for cost in costs]
+    best = deepest_within(costs, config.time_budget)
+    why = f"nothing: no depth fits {config.time_budget:,.0f} s and the memory and disk that are free"
+    if best is not None:
+        why = f"the deepest that fits {config.time_budget:,.0f} s ({best.seconds:,.0f} s predicted)"
+        why = f"{layers_text(best.depth)}, {why}"
+    return {"depth": str(best.depth) if best is not None else "0", "reason": why, "costs": listed}
+
+
+def depth_of(thaw: str) -> Depth:
+    """The depth that a setting names."""
+    return "all" if thaw == "all" else int(thaw)
 
 
 def quality(history: History) -> tuple[float, float]:
@@ -233,8 +262,8 @@ def quality(history: History) -> tuple[float, float]:
 
 def run_key(ready: Prepared, config: TrainConfig) -> str:
     """A sha256 of everything that decides the result of fine-tuning."""
-    aside = ("out", "overwrite", "resume", "time_budget", "dry_run", "checkpoint_minutes", "keep_checkpoints")
-    settings = {name: value for name, value in config.to_dict().items() if name not in aside}
+    aside = (*PLACES, "time_budget", "checkpoint_minutes", "keep_checkpoints")
+    settings = {name: value for name, value in asdict(config).items() if name not in aside}
     parts = [settings, data_fingerprint(ready.splits), ready.encoder.fingerprint, versions(), torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -242,9 +271,7 @@ def run_key(ready: Prepared, config: TrainConfig) -> str:
 def costs(config: TrainConfig) -> str:
     """Train the head, and say what each depth of fine-tuning would cost; nothing is written but the feature store."""
     ready = prepare(config, dict.fromkeys(("read", "tokenize", "encode"), 0.0))
-    return report.costs_text(
-        [cost._asdict() for cost in predicted_costs(ready.fine_tuning(config))], config.time_budget
-    )
+    return report.costs_text(predicted_costs(ready.fine_tuning(config), out_folder(config)), config.time_budget)
 
 
 def is_finished(out: Path) -> bool:
@@ -318,14 +345,9 @@ def stage_record(name: str, history: History) -> Json:
     return {"name": name, "epochs": len(history.epochs), "validation_accuracy": accuracy, "seconds": seconds}
 
 
-def parts_of(splits: Splits) -> dict[str, Dataset]:
-    """The three parts by name."""
-    return {"train": splits.train, "validation": splits.validation, "test": splits.test}
-
-
 def data_fingerprint(splits: Splits) -> dict[str, str]:
     """A sha256 of each part's texts and labels, in order."""
-    parts = {name: [part.texts, part.labels.tolist()] for name, part in parts_of(splits).items()}
+    parts = {name: [part.texts, part.labels.tolist()] for name, part in zip(PARTS, splits[:3], strict=True)}
     contents = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
     return {name: hashlib.sha256(one.encode("utf-8", "surrogatepass")).hexdigest() for name, one in contents.items()}
 

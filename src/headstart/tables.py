@@ -1,7 +1,4 @@
-"""Files to frames: finding, checking and opening a table, its columns, and a close look at one that is broken.
-
-This room knows nothing of labels or splits. All that is wrong with a file is raised together, to be mended at once.
-"""
+"""Files to checked frames and their columns, no labels or splits; all that is wrong with a file is told together."""
 
 import codecs
 import csv
@@ -17,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -50,10 +48,9 @@ def is_delimited(source: str) -> bool:
 
 def name_rows(rows: Sequence[int]) -> str:
     """`row 3`, `rows 3 and 7`, or `rows 3, 7, … (41 in all)`."""
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    first = ", ".join(map(str, rows[: min(MOST_ROWS_NAMED, len(rows) - 1)]))
-    return f"rows {first} and {rows[-1]}" if len(rows) <= MOST_ROWS_NAMED else f"rows {first}, … ({len(rows):,} in all)"
+    if len(rows) > MOST_ROWS_NAMED:
+        return f"rows {', '.join(map(str, rows[:MOST_ROWS_NAMED]))}, … ({len(rows):,} in all)"
+    return f"rows {', '.join(map(str, rows[:-1]))} and {rows[-1]}" if len(rows) > 1 else f"row {rows[0]}"
 
 
 def scan(source: str) -> pl.LazyFrame:
@@ -67,14 +64,13 @@ def scan(source: str) -> pl.LazyFrame:
             frame = pl.scan_csv(source, separator=delimiter, infer_schema=False, glob=False)  # `*` in a name is a star
         elif ending in (".jsonl", ".ndjson"):
             marked = not remote and _read(source, 3) == codecs.BOM_UTF8  # polars stumbles over it
-            content = _read(source).removeprefix(codecs.BOM_UTF8) if marked else glob.escape(source)
-            frame = pl.scan_ndjson(content, infer_schema_length=None)
+            frame = pl.scan_ndjson(_read(source)[3:] if marked else glob.escape(source), infer_schema_length=None)
         elif ending == ".json":
             frame = pl.read_json(_read(source), infer_schema_length=None).lazy()
         else:
             frame = pl.scan_parquet(_read(source) if source.lower().endswith(".gz") else source, glob=False)
         columns = frame.collect_schema().names()
-    clean = [_clean(column) for column in columns]
+    clean = [column.replace("\ufeff", "").strip() for column in columns]
     names = names or clean  # polars renames a column that a header repeats
     if repeated := sorted({name for name in names if name and names.count(name) > 1}):
         raise DataError(f"{source}: the column {repeated[0]!r} appears twice. Rename one of them.")
@@ -152,24 +148,19 @@ def read_header(source: str) -> tuple[str, list[str]]:
     """A local file's delimiter (makes most known columns, or else most; in `.tsv` a tab) and clean column names."""
     with _open_bytes(source) as file:
         line = next((line for line in file if line.strip(b"\r\n")), b"")
-    header = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    header = line.decode(errors="replace").replace("\ufeff", "").rstrip("\r\n")
     if "\r" in header:
         mend = f"tr '\\r' '\\n' < {Path(source).name} > lines-{Path(source).name}"
         raise DataError(f"{source}: its lines end as on an old Mac. Save it with other line ends, or use: {mend}")
     delimiters = "\t" if file_format(source) == ".tsv" else ",;\t|"
-    headers = [(one, [_clean(cell) for cell in next(csv.reader([header], delimiter=one), [])]) for one in delimiters]
+    headers = [(one, [cell.strip() for cell in next(csv.reader([header], delimiter=one), [])]) for one in delimiters]
     return max(headers, key=lambda item: (sum(name.lower() in USUAL_NAMES for name in item[1]), len(item[1])))
-
-
-def _clean(name: str) -> str:
-    return name.replace("\ufeff", "").strip()
 
 
 def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
     """One sentence for each wrong number of fields, or else, with `lone_quotes`, on quotes that have no partner."""
     expected = read = 0
-    wrong: dict[int, list[int]] = {}
-    lone, problems = list[int](), list[str]()
+    wrong, problems = dict[int, list[int]](), list[str]()
     with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
         # A line ends in a line feed alone, as polars sees it. `again` are the same lines, to count their quotes.
         lines, again = itertools.tee(line.rstrip("\r\n").replace("\r", " ") + "\n" for line in text)
@@ -177,12 +168,11 @@ def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
         for row, cells in enumerate(reader, start=1):
             odd = sum(line.count('"') for line in itertools.islice(again, reader.line_num - read)) % 2 == 1
             read, expected = reader.line_num, expected or len(cells)
-            if odd:
-                lone.append(row)
             if odd and "\n" in cells[-1]:  # only at the end of the file can a field still be open
                 problems.append(f"{source}: row {row} opens a quote that is never closed. Close it, or double it.")
-            elif cells and len(cells) != expected:
+            elif odd or (cells and len(cells) != expected):
                 wrong.setdefault(len(cells), []).append(row)
+    lone = wrong.pop(expected, [])  # as many fields as the header has, and a quote without a partner
     for count, rows in sorted(wrong.items()):
         advice = "Put quotes around texts that hold the delimiter" if count > expected else "Fill in what is missing"
         fields = f"{count_of(count, 'field')} where the header has {expected}"
@@ -196,20 +186,17 @@ def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
 def _broken_json(source: str) -> list[str]:
     """One sentence on the rows of a JSON table that are no records, or on where it stops being JSON."""
 
-    def parsed(content: bytes) -> object:
+    def parsed(content: bytes) -> Any:
         try:
-            return json.loads(content)
+            return json.loads(content) if content.strip() else {}
         except (ValueError, RecursionError) as error:
             return error
 
-    records: object = []
-    if file_format(source) == ".json":
-        records = parsed(_read(source))
-        if isinstance(records, Exception):
-            where = f" (line {records.lineno}: {records.msg})" if isinstance(records, json.JSONDecodeError) else ""
-            return [f"{source}: is not whole JSON{where}. Mend it there, or export it again."]
-    elif file_format(source) != ".parquet":
-        records = [parsed(line) if line.strip() else {} for line in _read(source).split(b"\n")]
+    content = b"" if file_format(source) == ".parquet" else _read(source)
+    records = parsed(content) if file_format(source) == ".json" else [parsed(line) for line in content.split(b"\n")]
+    if isinstance(records, Exception):
+        where = f" (line {records.lineno}: {records.msg})" if isinstance(records, json.JSONDecodeError) else ""
+        return [f"{source}: is not whole JSON{where}. Mend it there, or export it again."]
     rows = [i for i, one in enumerate(records if isinstance(records, list) else [], 1) if not isinstance(one, dict)]
     what = "is no record" if len(rows) == 1 else "are no records"
     return [f'{source}: {name_rows(rows)} {what} like {{"sentence": "…", "label": "…"}}.'] if rows else []
@@ -219,8 +206,7 @@ def find_column(source: str, columns: Sequence[str], wanted: str | None, role: s
     """The `text` or `label` column: as asked, the first usual name, or the only usual one; a `DataError` otherwise."""
     usual, listed = USUAL_COLUMNS[role], ", ".join(map(repr, columns))
     if wanted is not None and wanted not in columns:
-        near = get_close_matches(wanted, columns, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = "".join(f" Did you mean {near!r}?" for near in get_close_matches(wanted, columns, n=1, cutoff=0.5))
         raise DataError(f"{source}: has no column {wanted!r}; its columns are {listed}.{hint}")
     first = usual[0] if wanted is None else wanted
     found = [first] if first in columns else [column for column in columns if column.lower() in usual]

@@ -5,16 +5,21 @@ layers above. This room knows tokens, hidden states and what each depth costs; t
 """
 
 import copy
+import functools
 import hashlib
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from headstart.checkpoints import Checkpoints
@@ -22,16 +27,18 @@ from headstart.config import TrainConfig
 from headstart.encoder import Encoder
 from headstart.engine import side_by_side
 from headstart.errors import count_of, disk_errors
-from headstart.features import cache_folder, whole_file
+from headstart.features import cache_folder, evict
+from headstart.folders import reserve, whole_file
 from headstart.model import Depth, ThawedModel
 from headstart.progress import bar
 from headstart.tokens import Tokens, like_length_batches
-from headstart.train import Epoch, History, Part, Schedule, class_weights, fit, loss_and_accuracy, shuffled
+from headstart.train import History, Part, Schedule, class_weights, fit, loss_and_accuracy, shuffled
 
-EPOCHS, LR, BATCH, WEIGHT_DECAY, WARMUP = 3, 1e-4, 32, 0.01, 0.1
+LR, BATCH, WEIGHT_DECAY, WARMUP = 1e-4, 32, 0.01, 0.1
+EPOCHS, STEPS = (3, 6), 650  # between so many epochs, for so many steps: small tables need more (Mosbach et al. 2021)
 WINDOW = 50  # batches of like length are cut from so many shuffled ones, as transformers' group_by_length does
-MOST_TOKENS = 2048
-PROBES = 4  # batches that the cost of a step is measured on, spread over the lengths
+PROBES, PREFIX_TEXTS = 4, 512  # batches that a step is measured on, and texts that the prefix is, spread over lengths
+CPU = torch.device("cpu")
 Indexes = NDArray[np.int64]
 
 
@@ -48,40 +55,48 @@ class Texts:
     below: int | None = None
     kept: Any = None
 
-    @property
-    def lengths(self) -> Indexes:
-        """(n,) tokens a text."""
-        return self.tokens.lengths
-
-    def inputs(self, index: Indexes) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, index: Indexes, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, length) ids, or (batch, length, hidden) states, of the texts at `index`, and their 0/1 mask."""
         ids, mask = map(torch.from_numpy, self.tokens.padded(index, self.pad_id))
         if self.below is None:
-            return ids, mask
+            return ids.to(device), mask.to(device)
         if self.kept is None:
-            engine, device = self.encoder.engine, self.encoder.placement.device
+            engine, where = self.encoder.engine, self.encoder.placement.device
             assert engine is not None
             with torch.inference_mode():
-                states = engine.states(ids.to(device), mask.to(device), self.below)
-            return states.clamp(-65504, 65504).half().cpu().clone(), mask
+                states = engine.states(ids.to(where), mask.to(where), self.below).clamp(-65504, 65504).half()
+            return states.to(device).clone(), mask.to(device)
         states = torch.zeros(*ids.shape, self.kept.shape[1], dtype=torch.float16)
         bounds = zip(self.tokens.offsets[index], self.tokens.offsets[index + 1], strict=True)
         states[mask.bool()] = torch.from_numpy(np.concatenate([self.kept[begin:end] for begin, end in bounds]))
-        return states, mask
+        return states.to(device), mask.to(device)
+
+    def path(self) -> Path:
+        """Where the hidden states of these texts are kept."""
+        name = hashlib.sha256(self.tokens.ids.tobytes() + self.tokens.offsets.tobytes()).hexdigest()[:32]
+        return cache_folder() / "features" / f"states-{self.encoder.fingerprint}-{self.below}" / f"{name}.npy"
 
     def keep(self) -> "Texts":
         """Run the prefix over all texts once and keep it on disk, or find that it has been; a `DiskError` if full."""
-        name = hashlib.sha256(self.tokens.ids.tobytes() + self.tokens.offsets.tobytes()).hexdigest()[:32]
-        path = cache_folder() / "features" / f"states-{self.encoder.fingerprint}-{self.below}" / f"{name}.npy"
-        if not path.is_file():
-            shape = (len(self.tokens.ids), self.encoder.hidden)
-            with disk_errors(path), whole_file(path) as temporary:
-                self.fill(np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)).flush()
+        path, shape = self.path(), (len(self.tokens.ids), self.encoder.hidden)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                for torn in path.parent.glob(f".{path.name}.*.tmp"):  # by a kill: a living writer holds the lock
+                    torn.unlink()
+                if not path.is_file() or path.stat().st_size <= 2 * math.prod(shape):  # cut short: no room for a header
+                    with whole_file(path) as temporary:
+                        kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+                        with open(temporary, "rb+") as file:
+                            reserve(file, temporary.stat().st_size)
+                        self.fill(kept).flush()
+                os.utime(path)
+            evict(path.parents[1])
         return replace(self, kept=np.load(path, mmap_mode="r"))
 
     def fill(self, kept: Any) -> Any:
         """Run the prefix over all texts into a (tokens, hidden) array."""
-        batches = like_length_batches(self.lengths, most_tokens=MOST_TOKENS)
+        batches = like_length_batches(self.tokens.lengths)
         with bar("running the frozen layers", len(self.tokens), "texts") as advance:
             for index, (states, mask) in side_by_side(lambda index: (index, self.inputs(index)), batches):
                 rows = np.concatenate([np.arange(*self.tokens.offsets[i : i + 2]) for i in index.tolist()])
@@ -92,42 +107,42 @@ class Texts:
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Batches of like length of the texts at (n,) `index` with (n,) `labels`, each cut into `parts` side by side."""
+    """Batches of like length of the texts at (n,) `index` with (n,) `labels`, each cut into parts, one a device."""
 
     texts: Texts
     index: Indexes
     labels: Indexes
     batch_size: int
     seed: int
-    parts: int
+    devices: Sequence[torch.device]  # a processor's cores are devices too: the same one, named several times
 
     def __len__(self) -> int:
         return math.ceil(len(self.labels) / self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
-        """Batches of an epoch; the shuffle, and so the batches, depend on the seed and `number` alone."""
-        order, size, lengths = (
-            shuffled(len(self), self.seed + 1, number),
-            self.batch_size,
-            self.texts.lengths[self.index],
-        )
+    def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
+        """Batches of an epoch from the `start`-th on; the shuffle depends on the seed and `number` alone."""
+        order, size = shuffled(len(self), self.seed + 1, number), self.batch_size
+        lengths, parts = self.texts.tokens.lengths[self.index], len(self.devices)
         windows = shuffled(len(self.labels), self.seed, number).split(WINDOW * size)
         ordered = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in map(np.asarray, windows)])
-        for place in order.tolist():
+
+        def part(places: Indexes, device: torch.device) -> Part:
+            return self.texts.inputs(self.index[places], device), torch.from_numpy(self.labels[places])
+
+        for place in order.tolist()[start:]:
             batch = ordered[place * size : (place + 1) * size]
-            pieces = [piece for part in range(self.parts) if len(piece := batch[part :: self.parts])]
-            yield [(self.texts.inputs(self.index[one]), torch.from_numpy(self.labels[one])) for one in pieces]
+            yield [part(batch[i::parts], device) for i, device in enumerate(self.devices[: len(batch)])]
 
 
 def logits_of(model: torch.nn.Module, texts: Texts, index: Indexes, labels: int) -> torch.Tensor:
     """(len(index), labels) fp32 logits of the texts at `index`, by a model in eval mode."""
-    found = torch.empty(len(index), labels)
+    found, device = torch.empty(len(index), labels), texts.encoder.placement.device
 
     def score(places: Indexes) -> tuple[Indexes, torch.Tensor]:
         with torch.inference_mode():
-            return places, model(texts.inputs(index[places])).float().cpu()
+            return places, model(*texts.inputs(index[places], device)).float().cpu()
 
-    for places, logits in side_by_side(score, like_length_batches(texts.lengths[index], most_tokens=MOST_TOKENS)):
+    for places, logits in side_by_side(score, like_length_batches(texts.tokens.lengths[index])):
         found[torch.from_numpy(places)] = logits
     return found
 
@@ -174,24 +189,32 @@ class FineTuning:
         """The settings' schedule, or the defaults of fine-tuning."""
         config = self.config
         decay = WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
-        epochs, lr = config.epochs or EPOCHS, config.lr or LR
-        return Schedule(epochs, lr, decay, config.clip_norm, config.patience, "most accurate", WARMUP)
+        enough = math.ceil(STEPS / math.ceil(len(self.train_labels) / (config.batch_size or BATCH)))
+        epochs, lr = config.epochs or min(max(enough, EPOCHS[0]), EPOCHS[1]), config.lr or LR
+        given = Schedule(epochs, lr, decay, config.clip_norm, config.patience, "most accurate", WARMUP)
+        return replace(given, max_steps=config.max_steps)
 
-    def thawed(self, depth: Depth) -> tuple[ThawedModel, Texts]:
+    @functools.cached_property
+    def used(self) -> Indexes:
+        """(m,) sorted token ids that the texts have, and all up to the padding's, so that it keeps its own."""
+        return np.union1d(self.tokens.ids, np.arange(self.encoder.tokenizer.pad_id + 1)).astype(np.int64)
+
+    def thawed(self, depth: Depth, used: Indexes) -> tuple[ThawedModel, Texts]:
         """A copy of `start`, thawed to `depth`, and what it reads; nothing is computed or kept yet."""
-        pad_id = self.encoder.tokenizer.pad_id
-        used = np.unique(np.append(self.tokens.ids, pad_id)).astype(np.int64)
         model = ThawedModel(self.encoder, copy.deepcopy(self.start), depth, used)
-        if depth != "all":
-            return model, Texts(self.encoder, self.tokens, pad_id, self.encoder.layers - depth)
-        known = pad_id if model.used is None else int(np.searchsorted(model.used, pad_id))
-        return model, Texts(self.encoder, model.ids(self.tokens), known)
+        tokens, below = (model.ids(self.tokens), None) if depth == "all" else (self.tokens, self.encoder.layers - depth)
+        return model, Texts(self.encoder, tokens, self.encoder.tokenizer.pad_id, below)
 
     def batches(self, texts: Texts) -> TokenBatches:
-        """The training texts' batches; a CPU's cores each take a part of a batch."""
-        cores = torch.get_num_threads() if self.encoder.placement.device.type == "cpu" else 1
+        """The training texts' batches, of which each core or each GPU takes a part."""
+        device, several = self.encoder.placement.device, 1
+        if device.type == "cpu":
+            several = torch.get_num_threads()
+        elif device.type == "cuda" and self.encoder.engine is not None:  # which can follow its inputs to a device
+            several = torch.cuda.device_count()
+        devices = [torch.device("cuda", i) if device.type == "cuda" else device for i in range(several)]
         size = self.config.batch_size or BATCH
-        return TokenBatches(texts, self.parts[0], self.train_labels, size, self.config.seed, cores)
+        return TokenBatches(texts, self.parts[0], self.train_labels, size, self.config.seed, devices)
 
     def fit(self, depth: Depth, checkpoints: Checkpoints | None = None, deadline: float = math.inf) -> Thawed:
         """Train the top `depth` layers and the head together.
@@ -199,7 +222,7 @@ class FineTuning:
         A `ModelError` if this family cannot be thawed so deep, a `DiskError` if something cannot be written, a
         `TerminatedError` after SIGTERM.
         """
-        model, texts = self.thawed(depth)
+        model, texts = self.thawed(depth, self.used)
         if texts.below is not None and self.config.store:
             texts = texts.keep()
         schedule, count = replace(self.schedule, deadline=deadline), len(self.names)
@@ -209,14 +232,8 @@ class FineTuning:
         def validate(model: torch.nn.Module) -> tuple[float, float]:
             return loss_and_accuracy(logits_of(model, texts, self.parts[1], count), truth, weights)
 
-        with bar(f"fine-tuning {layers_text(depth)}", schedule.epochs, "epochs") as advance:
-
-            def show(number: int, epoch: Epoch) -> bool:
-                advance(1, epoch.words())
-                return False
-
-            device = self.encoder.placement.device
-            history = fit(model, self.batches(texts), validate, schedule, weights.to(device), show, checkpoints)
+        batches, label = self.batches(texts), f"fine-tuning {layers_text(depth)}"
+        history = fit(model, batches, validate, schedule, weights, checkpoints=checkpoints, label=label)
         held, test = (logits_of(model, texts, part, count) for part in self.parts[1:])
         return Thawed(depth, model.whole(), history, held, test, schedule)
 
@@ -235,13 +252,27 @@ class Cost(NamedTuple):
     disk: int
 
 
-def predicted_costs(task: FineTuning) -> list[Cost]:
-    """The cost of each depth, the shallowest first: a few steps of three of them are measured, the rest reckoned."""
-    numbers = range(1, task.encoder.layers + 1) if task.encoder.engine is not None else range(0)
-    ends = sorted({*numbers[:1], *numbers[-1:]})
-    seconds = np.interp(numbers, ends, [_seconds(task, depth) for depth in ends]).tolist() if ends else []
-    costs: list[tuple[Depth, float]] = [*zip(numbers, seconds, strict=True), ("all", _seconds(task, "all"))]
-    return [Cost(depth, taken, *_room(task, depth)) for depth, taken in costs]
+def predicted_costs(task: FineTuning, out: Path) -> list[Cost]:
+    """The cost of each depth for which there is room, the shallowest first, with checkpoints in `out`.
+
+    A few steps are measured of the shallowest, of the deepest, and of all; those between are reckoned.
+    """
+    memory, disk = psutil.virtual_memory().available, min(map(free_bytes, (out, cache_folder())))
+    layers = task.encoder.layers if task.encoder.engine is not None else 0
+    rooms: dict[Depth, tuple[int, int]] = {depth: _room(task, depth) for depth in (*range(1, layers + 1), "all")}
+    fitting = [depth for depth, room in rooms.items() if room[0] <= memory and room[1] <= disk]
+    numbers = [depth for depth in fitting if depth != "all"]
+    measured = {depth: _seconds(task, depth) for depth in fitting if depth in (*numbers[:1], *numbers[-1:], "all")}
+    ends = [depth for depth in numbers if depth in measured]
+    between = np.interp(numbers, ends, [measured[depth] for depth in ends]).tolist() if ends else []
+    seconds: dict[Depth, float] = {**dict(zip(numbers, between, strict=True)), **measured}
+    return [Cost(depth, seconds[depth], *rooms[depth]) for depth in fitting]
+
+
+def free_bytes(place: Path) -> int:
+    """What is free on the disk of a folder that may not be there yet."""
+    there = next(one for one in (place.absolute(), *place.absolute().parents) if one.exists())
+    return shutil.disk_usage(there).free
 
 
 def _seconds(task: FineTuning, depth: Depth) -> float:
@@ -252,12 +283,17 @@ def _seconds(task: FineTuning, depth: Depth) -> float:
     some = np.unique(np.concatenate([by_length[max(0, at - size // 2) : at + size // 2] for at in middles]))
     tokens, every = task.tokens.take(task.parts[0][some]), np.arange(len(some))
     probe = replace(task, tokens=tokens, parts=(every, every, every), train_labels=task.train_labels[some])
-    model, texts = probe.thawed(depth)
-    prefix = 0.0
-    for _ in range(2 if texts.below is not None else 0):
-        begun = time.perf_counter()
-        kept = replace(texts, kept=None).fill(np.empty((len(tokens.ids), task.encoder.hidden), np.float16))
-        prefix, texts = time.perf_counter() - begun, replace(texts, kept=kept)
+    model, texts = probe.thawed(depth, task.used)
+    prefix = 0.0  # seconds of running it over all texts
+    if texts.below is not None:
+        texts = replace(texts, kept=texts.fill(np.empty((len(tokens.ids), task.encoder.hidden), np.float16)))
+        if not (task.config.store and replace(texts, tokens=task.tokens).path().is_file()):
+            spread = task.tokens.take(np.argsort(lengths)[:: -(-len(lengths) // PREFIX_TEXTS)])
+            sample, room = replace(texts, tokens=spread, kept=None), np.empty((len(spread.ids), task.encoder.hidden))
+            for _ in range(2):  # the first compiles kernels
+                begun = time.perf_counter()
+                sample.fill(room)
+                prefix = (time.perf_counter() - begun) * len(task.tokens.ids) / len(spread.ids)
     forward: list[float] = []
 
     def validate(model: torch.nn.Module) -> tuple[float, float]:
@@ -266,13 +302,16 @@ def _seconds(task: FineTuning, depth: Depth) -> float:
         forward.append(time.perf_counter() - begun)
         return 0.0, 0.0
 
-    weights = torch.ones(len(task.names), device=task.encoder.placement.device)
-    schedule = replace(task.schedule, epochs=2, patience=None, keep="last")
+    weights = torch.ones(len(task.names))
+    schedule = replace(task.schedule, epochs=3, patience=None, keep="last")
     history = fit(model, probe.batches(texts), validate, schedule, weights)
-    epochs, step = task.schedule.epochs, history.epochs[1].seconds - forward[1]
+    if history.interrupted:
+        raise KeyboardInterrupt
+    epochs, seconds = task.schedule.epochs, sum(one.seconds for one in history.epochs[1:]) / 2
+    forward_seconds = sum(forward[1:]) / 2
     train, held, test = (lengths[part].sum() / len(tokens.ids) for part in task.parts)
-    prefixes = prefix * ((1 if task.config.store else epochs) * (train + held) + test)
-    return float(prefixes + epochs * (step * train + forward[1] * held) + forward[1] * (held + test))
+    fitting = epochs * (train * (seconds - forward_seconds) + held * forward_seconds)
+    return float(prefix * (1 if task.config.store else epochs) + fitting + (held + test) * forward_seconds)
 
 
 def _room(task: FineTuning, depth: Depth) -> tuple[int, int]:
@@ -287,6 +326,5 @@ def _room(task: FineTuning, depth: Depth) -> tuple[int, int]:
 
 
 def deepest_within(costs: Sequence[Cost], seconds: float) -> Cost | None:
-    """The deepest that fits the time and the free memory; None where none does."""
-    free = psutil.virtual_memory().available
-    return next((one for one in reversed(costs) if one.seconds <= seconds and one.memory <= free), None)
+    """The deepest that fits the time; None where none does."""
+    return next((one for one in reversed(costs) if one.seconds <= seconds), None)

@@ -1,9 +1,9 @@
 """Texts to token ids: the tokenizer, lengths and the length advised, batches of like length. No torch, no model."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Tokens:
 
     def padded(self, index: Ints, pad_id: int) -> tuple[Ints, Ints]:
         """The texts at `index` as (batch, longest) int64 ids, padded on the right, and their 0/1 mask."""
-        lengths = self.lengths[index]
+        lengths = self.offsets[index + 1] - self.offsets[index]
         mask = np.arange(int(lengths.max())) < lengths[:, None]
         ids = np.full(mask.shape, pad_id, dtype=np.int64)
         ids[mask] = np.concatenate([self[i] for i in index.tolist()])
@@ -51,8 +51,7 @@ class Tokens:
 
 
 def _ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
-    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return Tokens(np.concatenate([np.empty(0, dtype=np.int32), *pieces]), offsets)
+    return Tokens(np.concatenate([np.empty(0, np.int32), *pieces]), np.cumsum([0, *map(len, pieces)], dtype=np.int64))
 
 
 class Tokenizer:
@@ -63,9 +62,8 @@ class Tokenizer:
         fast.no_truncation()
         self.fast, self.pad_id = fast, pad_id
         probe = fast.encode("a")
-        content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
-        end = content[-1] + 1 if content else len(probe.ids) - 1
-        self.suffix = np.array(probe.ids[end:], dtype=np.int32)
+        content = (i for i, special in enumerate(probe.special_tokens_mask) if not special)
+        self.suffix = np.array(probe.ids[max(content, default=len(probe.ids) - 2) + 1 :], dtype=np.int32)
 
     @classmethod
     def from_folder(cls, folder: Path, pad_id: int) -> "Tokenizer":
@@ -97,8 +95,7 @@ class Tokenizer:
         return _ragged([np.append(ids[:keep], self.suffix) if len(ids) > max_length else ids for ids in pieces])
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What one max_length would do: the share of the texts it cuts, and encoder FLOPs relative to cutting nothing."""
 
     max_length: int
@@ -106,8 +103,7 @@ class Candidate:
     cost: float
 
 
-@dataclass(frozen=True)
-class LengthAdvice:
+class LengthAdvice(NamedTuple):
     """Token lengths of n texts, special ones included, and the max_length they suggest, among others; and why."""
 
     lengths: Ints
@@ -119,8 +115,7 @@ class LengthAdvice:
 
 def encoder_cost(lengths: Ints, hidden: int) -> float:
     """FLOPs of encoding texts: 24·d²·s in products, 4·d·s² in attention (Kaplan et al. 2020, table 1), over 24·d²."""
-    s = lengths.astype(np.float64)
-    return float((s + s**2 / (6 * hidden)).sum())
+    return float((lengths + lengths.astype(np.float64) ** 2 / (6 * hidden)).sum())
 
 
 def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvice:
@@ -129,7 +124,7 @@ def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvi
     usual = [*(length for length in CANDIDATE_LENGTHS if length < limit), limit]
     candidates = tuple(
         Candidate(length, float((lengths > length).mean()), encoder_cost(np.minimum(lengths, length), hidden) / whole)
-        for length in usual[: bisect_left(usual, longest) + 1]  # up to the first that cuts nothing
+        for length in usual[: np.searchsorted(usual, longest) + 1]  # up to the first that cuts nothing
     )
     best = next((one for one in candidates if one.cut <= MOST_CUT), candidates[-1])
     if best.cut > MOST_CUT:
@@ -142,11 +137,11 @@ def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvi
     return LengthAdvice(lengths, quantiles, candidates, best.max_length, reason)
 
 
-def like_length_batches(lengths: Ints, *, most_tokens: int, most_texts: int | None = None) -> Iterator[Ints]:
-    """Indexes of texts of (n,) `lengths` in batches of like length, longest first, within both limits once padded."""
+def like_length_batches(lengths: Ints, *, most_tokens: int = 2048) -> Iterator[Ints]:
+    """Indexes of texts of (n,) `lengths` in batches of like length, longest first, of `most_tokens` once padded."""
     left = np.argsort(-lengths, kind="stable").astype(np.int64)
     while len(left):
-        size = min(max(1, most_tokens // max(1, int(lengths[left[0]]))), most_texts or len(left))
+        size = max(1, most_tokens // max(1, int(lengths[left[0]])))
         if len(left) < size and len(lengths) > 256:  # sizes that come again, as kernels are compiled for each
             size = 1 << (len(left).bit_length() - 1)
         yield left[:size]

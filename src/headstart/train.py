@@ -4,8 +4,8 @@ This room knows torch's optimisers. It knows nothing of tables, of files, or wha
 """
 
 import contextlib
-import itertools
 import math
+import re
 import signal
 import threading
 import time
@@ -21,11 +21,15 @@ from torch import nn
 from headstart.checkpoints import Checkpoints
 from headstart.config import ClassWeight
 from headstart.engine import side_by_side
-from headstart.errors import TerminatedError
+from headstart.errors import InputError, TerminatedError
+from headstart.progress import bar
 
 Validate = Callable[[nn.Module], tuple[float, float]]  # mean loss and accuracy, after each epoch, in eval mode
 Keep = Literal["lowest loss", "most accurate", "last"]  # the epoch, on validation data, whose weights are kept
-Part = tuple[Any, torch.Tensor]  # model inputs and their (texts,) labels
+Part = tuple[Sequence[torch.Tensor], torch.Tensor]  # what a model is called with, and (texts,) labels
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|can.t allocate memory|memoryerror")  # as torch's devices say it
 
 
 class Batches(Protocol):
@@ -34,8 +38,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches an epoch."""
 
-    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
-        """Batches in an order that depends on the seed and `number` alone; their parts are computed side by side."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
+        """Batches from the `start`-th on, in an order of the seed and `number`; parts are computed side by side."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,10 @@ class FeatureBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.labels) / self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Sequence[Part]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
         """Shuffled batches of one part."""
-        for index in shuffled(len(self.labels), self.seed, number).split(self.batch_size):
-            yield ((self.values[index], self.labels[index]),)
+        for index in shuffled(len(self.labels), self.seed, number).split(self.batch_size)[start:]:
+            yield (((self.values[index],), self.labels[index]),)
 
 
 def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -69,8 +73,8 @@ def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
 class Schedule:
     """How long and how hard to train: most epochs, AdamW's settings, the largest gradient norm.
 
-    Training stops after `patience` epochs without a better one (None: never), or at the `deadline`, a
-    `time.monotonic()`. The learning rate is constant, or, with `warmup`, rises over that share of all steps and falls
+    Training stops after `patience` epochs without a better one (None: never), after `max_steps`, or at the `deadline`,
+    a `time.monotonic()`. The learning rate is constant, or, with `warmup`, rises over that share of all steps and falls
     to 0 in a straight line; weights that are no matrices, and embeddings, are then not decayed.
     """
 
@@ -82,6 +86,7 @@ class Schedule:
     keep: Keep = "lowest loss"
     warmup: float | None = None
     deadline: float = math.inf
+    max_steps: int | None = None
 
     def prefers(self, one: "Epoch", other: "Epoch") -> bool:
         """Whether an epoch is to be kept rather than an earlier one."""
@@ -114,23 +119,29 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """All epochs, which one's weights were kept (counted from 0), and whether Ctrl-C ended it."""
+    """All epochs, which one's weights were kept (counted from 0), steps taken, and whether Ctrl-C ended it."""
 
     epochs: tuple[Epoch, ...]
     best: int
+    steps: int = 0
     interrupted: bool = False
 
 
 @dataclass
 class Position:
-    """Where training is: `done` steps of an `epoch`, their losses, the records so far, and the best epoch's weights."""
+    """Where training is: `done` steps of an `epoch`, `steps` in all, the epoch's losses, records, the best's weights.
+
+    `halvings` is how often the parts of a batch were cut in two, since memory ran out.
+    """
 
     best_state: dict[str, torch.Tensor]
     epoch: int = 0
     done: int = 0
+    steps: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
     records: list[Epoch] = field(default_factory=list)
     best: int = 0
+    halvings: int = 0
 
 
 def class_weights(labels: NDArray[np.int64], classes: int, kind: ClassWeight) -> torch.Tensor:
@@ -159,38 +170,65 @@ def fit(
     weights: torch.Tensor,
     on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
     checkpoints: Checkpoints | None = None,
+    label: str | None = None,
 ) -> History:
     """Train what requires gradients of `model`, which gives (batch, classes) logits, with AdamW on cross-entropy.
 
-    It is left with the weights of its best epoch, or its last. The loss of a batch is the mean weighted by the
-    (classes,) `weights`; cross-entropy is LogSoftmax followed by the negative log likelihood, so a head that ends in
-    LogSoftmax and one that gives logits train alike. `on_epoch` is called after each epoch with its number and record;
-    training stops when it returns true. `checkpoints` are written when due, at each epoch's end, and on SIGTERM, which
-    then raises a `TerminatedError`; the newest is resumed from. A run that is killed and resumed ends in the same
-    bytes, since all that is random is a function of the seed and the epoch.
+    It is left with the weights of its best epoch. A batch's loss is the mean weighted by the (classes,) `weights`;
+    cross-entropy is LogSoftmax and then negative log likelihood, so heads that end in LogSoftmax train as others do.
+    `on_epoch` is called with an epoch's number and record, and returns whether to stop. Ctrl-C cuts an epoch short and
+    keeps the best so far; it is passed on if there is none. `label` names a bar of steps.
+
+    `checkpoints` are written when due, at each epoch's end, and on SIGTERM, which then raises a `TerminatedError`; the
+    newest is resumed from, and training ends in the same bytes, since all that is random is a function of the seed and
+    the epoch. Where memory runs out, batches are computed in smaller pieces; an `InputError` if one text is too much.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = _optimizer(named, schedule)
+    parameters, optimizer = list(named.values()), _optimizer(named, schedule)
     found = checkpoints.newest() if checkpoints is not None else None
     at = Position(_copies(named)) if found is None else _restore(*found, named, optimizer)
-    loss_of = nn.CrossEntropyLoss(weight=weights)
-    interrupted = stop = False
-    with termination() as terminated:
+    announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda _: None
+    steps, interrupted, stop = schedule.epochs * len(batches), False, False
+    with termination() as terminated, bar(label, steps, "steps") as advance:
+        advance(at.steps, "")
 
         def after_step(*, epoch_ended: bool = False) -> None:
             ending = terminated.is_set()
-            if checkpoints is not None and (epoch_ended or ending or checkpoints.due()):
-                checkpoints.save(at.epoch * len(batches) + at.done, *_state(at, named, optimizer))
-            if ending:
+            due = epoch_ended or (at.done < len(batches) and (ending or checkpoints is None or checkpoints.due()))
+            if checkpoints is not None and due:
+                checkpoints.save(at.steps, *_state(at, named, optimizer))
+            if ending and due:
                 kept = "a checkpoint was written; --resume goes on from it" if checkpoints else "nothing was kept"
                 raise TerminatedError(f"SIGTERM: training was ended; {kept}.")
+
+        def is_over() -> bool:
+            return time.monotonic() > schedule.deadline or at.steps >= (schedule.max_steps or math.inf)
+
+        def one_epoch() -> None:  # its steps that are not done yet
+            model.train()
+            for parts in batches.epoch(at.epoch, at.done):
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.lr_at(at.steps, steps)
+                at.losses.append(_gradients(model, parts, weights, parameters, at, announce))
+                nn.utils.clip_grad_norm_(parameters, schedule.clip_norm, foreach=True)
+                optimizer.step()
+                at.done, at.steps = at.done + 1, at.steps + 1
+                advance(1, at.records[-1].words() if at.records else "")
+                after_step()
+                if is_over():
+                    return
 
         while at.epoch < schedule.epochs and not stop:
             if schedule.patience is not None and at.epoch - 1 - at.best >= schedule.patience:
                 break
             started = time.perf_counter()
             try:
-                _one_epoch(model, batches, optimizer, loss_of, schedule, at, after_step)
+                try:
+                    one_epoch()
+                except KeyboardInterrupt:
+                    if not at.done:
+                        raise
+                    interrupted = True
                 model.eval()
                 with torch.inference_mode():
                     held = validate(model)
@@ -198,19 +236,19 @@ def fit(
                 if not at.records or schedule.prefers(record, at.records[at.best]):
                     at.best, at.best_state = at.epoch, _copies(named)
                 at.records.append(record)
-                stop = on_epoch(at.epoch, record) or time.monotonic() > schedule.deadline
+                stop = on_epoch(at.epoch, record) or interrupted or is_over()
                 at.epoch, at.done, at.losses = at.epoch + 1, 0, []
+                if not stop:
+                    after_step(epoch_ended=True)
             except KeyboardInterrupt:
                 if not at.records:
                     raise  # nothing to keep yet
-                interrupted = True
-                break
-            after_step(epoch_ended=True)
+                interrupted = stop = True
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(at.best_state[name])
     model.eval()
-    return History(tuple(at.records), at.best, interrupted)
+    return History(tuple(at.records), at.best, at.steps, interrupted)
 
 
 def _optimizer(named: Mapping[str, nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
@@ -222,61 +260,73 @@ def _optimizer(named: Mapping[str, nn.Parameter], schedule: Schedule) -> torch.o
     return torch.optim.AdamW(settings, lr=schedule.lr, fused=True)
 
 
-def _one_epoch(
+def _gradients(
     model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    loss_of: nn.CrossEntropyLoss,
-    schedule: Schedule,
+    parts: Sequence[Part],
+    weights: torch.Tensor,
+    parameters: Sequence[nn.Parameter],
     at: Position,
-    after_step: Callable[[], None],
-) -> None:
-    """The steps of an epoch that are not done yet, up to the deadline."""
-    model.train()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parts in itertools.islice(batches.epoch(at.epoch), at.done, None):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(at.epoch * len(batches) + at.done, schedule.epochs * len(batches))
-        optimizer.zero_grad()
-        at.losses.append(_backward(model, parts, loss_of, parameters))
-        nn.utils.clip_grad_norm_(parameters, schedule.clip_norm, foreach=True)
-        optimizer.step()
-        at.done += 1
-        after_step()
-        if time.monotonic() > schedule.deadline:
-            break
+    announce: Callable[[str], None],
+) -> torch.Tensor:
+    """Set the gradients of a batch's loss and return it, in pieces that fit the memory."""
+    while True:
+        for parameter in parameters:
+            parameter.grad = None
+        pieces = parts
+        for _ in range(at.halvings):
+            pieces = [half for part in pieces for half in _halves(part)]
+        try:
+            return _backward(model, pieces, weights, parameters)
+        except (RuntimeError, MemoryError) as error:
+            if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
+                raise
+            if all(len(labels) == 1 for _, labels in pieces):
+                hint = "Thaw fewer layers (--thaw K), or cut texts shorter (--max-length)."
+                raise InputError(f"Memory runs out even with one text at a time. {hint}") from error
+        at.halvings += 1  # outside the handler, whose traceback holds on to what filled the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
+
+
+def _halves(part: Part) -> list[Part]:
+    inputs, labels = part
+    size = -(-len(labels) // 2)
+    return list(zip(zip(*(one.split(size) for one in inputs), strict=True), labels.split(size), strict=True))
 
 
 def _backward(
-    model: nn.Module, parts: Sequence[Part], loss_of: nn.CrossEntropyLoss, parameters: Sequence[nn.Parameter]
+    model: nn.Module, parts: Sequence[Part], weights: torch.Tensor, parameters: Sequence[nn.Parameter]
 ) -> torch.Tensor:
     """Set the gradients of a batch's loss and return it; parts are computed side by side, their gradients summed."""
     if len(parts) == 1:
-        loss = _loss(model, parts[0], loss_of)
+        loss = _loss(model, parts[0], weights)
         loss.backward()
         return loss.detach()
-    shares = torch.stack([loss_of.weight[labels].sum() for _, labels in parts])
+    shares = torch.stack([weights[labels].sum() for _, labels in parts])
     shares = shares / shares.sum()
 
     def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-        loss = _loss(model, parts[number], loss_of) * shares[number]
+        loss = _loss(model, parts[number], weights) * float(shares[number])
         return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    total = torch.zeros(())
-    for loss, found in side_by_side(gradients, range(len(parts))):
-        total += loss.cpu()
+    on_cpu = parameters[0].device.type == "cpu"  # of other devices each has its own queue, and they wait for nothing
+    total = torch.zeros((), device=parameters[0].device)
+    for loss, found in (side_by_side if on_cpu else map)(gradients, range(len(parts))):
+        total += loss.to(total.device)
         for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     return total
 
 
-def _loss(model: nn.Module, part: Part, loss_of: nn.Module) -> torch.Tensor:
+def _loss(model: nn.Module, part: Part, weights: torch.Tensor) -> torch.Tensor:
     inputs, labels = part
-    half = isinstance(inputs, torch.Tensor) and inputs.dtype == torch.bfloat16
+    half = inputs[0].dtype == torch.bfloat16
     with torch.autocast(labels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-        logits = model(inputs)
-    return loss_of(logits.float(), labels)
+        logits = model(*inputs).float()
+    where = logits.device
+    return nn.functional.cross_entropy(logits, labels.to(where), weight=weights.to(where))
 
 
 @contextlib.contextmanager
@@ -303,8 +353,8 @@ def _state(
     tensors |= {f"best.{name}": tensor for name, tensor in at.best_state.items()}
     for name, parameter in named.items():
         tensors |= {f"{part}.{name}": tensor for part, tensor in optimizer.state.get(parameter, {}).items()}
-    state = {"epoch": at.epoch, "done": at.done, "best": at.best, "losses": [float(loss) for loss in at.losses]}
-    state["records"] = [asdict(record) for record in at.records]
+    state = {name: getattr(at, name) for name in ("epoch", "done", "steps", "best", "halvings")}
+    state |= {"losses": [float(loss) for loss in at.losses], "records": [asdict(record) for record in at.records]}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, state
 
 
@@ -314,15 +364,11 @@ def _restore(
     named: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> Position:
-    best = {}
     for name, parameter in named.items():
-        found = {part: tensors[key].to(parameter.device) for part in ADAM if (key := f"{part}.{name}") in tensors}
         parameter.data.copy_(tensors[f"now.{name}"])
-        best[name] = tensors[f"best.{name}"].to(parameter.device)
-        if found:
+        if found := {part: tensors[key].to(parameter.device) for part in ADAM if (key := f"{part}.{name}") in tensors}:
             optimizer.state[parameter] = found
-    records, losses = [Epoch(**one) for one in state["records"]], [torch.tensor(loss) for loss in state["losses"]]
-    return Position(best, state["epoch"], state["done"], losses, records, state["best"])
-
-
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+    best = {name: tensors[f"best.{name}"].to(parameter.device) for name, parameter in named.items()}
+    device = next(iter(best.values())).device
+    lists = {"losses": [torch.tensor(loss, device=device) for loss in state["losses"]]}
+    return Position(best, **{**state, **lists, "records": [Epoch(**one) for one in state["records"]]})

@@ -1,14 +1,10 @@
-"""Training heads on stored features: the architecture's own, one as given, or the best of many; and in folds.
-
-The default head is searched: first the sets of layers, then the other settings on the two best sets. The lowest
-validation loss wins, which is steadier than accuracy on small parts. This room knows no files.
-"""
+"""Training heads on stored features: the architecture's own, one as given, the best of many; in folds. No files."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,28 +21,15 @@ from headstart.train import Epoch, FeatureBatches, History, Schedule, class_weig
 
 HEAD_EPOCHS = 60
 FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}
-REFINEMENTS: tuple[dict[str, float], ...] = (
-    {"lr": 3e-4},
-    {"lr": 3e-4, "width": 256},
-    {"width": 64, "dropout": 0.2},
-    {"width": 256, "dropout": 0.2},
-    {"width": 0, "weight_decay": 1.0},
-    {"width": 0},
-    {"weight_decay": 1.0},
+REFINEMENTS: tuple[dict[str, Any], ...] = (
+    *({"lr": 3e-4}, {"lr": 3e-4, "width": 256}, {"width": 64, "dropout": 0.2}, {"width": 256, "dropout": 0.2}),
+    *({"width": 0, "weight_decay": 1.0}, {"width": 0}, {"weight_decay": 1.0}),
 )
 PRUNE = {1: 1.15, 3: 1.03}  # a trial is stopped at these epochs if its loss is over the best one's by then, times this
 SEARCH_ROWS, TRIAL_ROWS = 20_000, 4_096  # texts that the built-in search and optuna's train on; the head found, on all
 
 Hopeless = Callable[[int, Epoch], bool]  # whether to give a head up, by an epoch of it
-
-
-class Inputs(NamedTuple):
-    """What a head reads of the training and validation texts, (n, d), and what was taken off and multiplied, (d,)."""
-
-    train: torch.Tensor
-    held: torch.Tensor
-    mean: torch.Tensor = torch.zeros(1)
-    scale: torch.Tensor = torch.ones(1)
+Attempt = Callable[[tuple[str, ...], dict[str, float], Hopeless], "TrainedHead"]  # trains one rival
 
 
 @dataclass(frozen=True)
@@ -61,33 +44,33 @@ class Task:
     names: tuple[str, ...]
     config: TrainConfig
 
-    def raw(self, names: Sequence[str]) -> Inputs:
-        """What a head reads of `names`, as it is, fp32."""
-        return Inputs(*(head_inputs(self.encoder, part, names) for part in (self.train, self.validation)))
+    def inputs(self, features: tuple[str, ...], *, standardize: bool) -> list[torch.Tensor]:
+        """What a head reads of training and validation texts, (n, d), and what it was shifted and scaled by, (d,)."""
+        if not standardize:
+            parts = (self.train, self.validation)
+            return [*(head_inputs(self.encoder, part, features) for part in parts), torch.zeros(1), torch.ones(1)]
+        # Neighbours among what rivals may read: not copied.
+        width, start = self.encoder.hidden, (self.config.head_features or self.train.layout).index(features[0])
+        return [part[..., start * width : (start + len(features)) * width] for part in self.standard]
 
     @functools.cached_property
-    def standard(self) -> Inputs:
-        """All that rivals may read, standardised once for all of them."""
-        train, held, _, _ = self.raw(self.config.head_features or self.train.layout)
+    def standard(self) -> list[torch.Tensor]:
+        """The inputs of all that rivals may read, standardised once for all of them."""
+        train, held, *_ = self.inputs(self.config.head_features or self.train.layout, standardize=False)
         mean, scale = train.mean(dim=0), 1 / train.std(dim=0).clamp_min(1e-6)
         for part in (train, held):
             part.sub_(mean).mul_(scale)
         # In bf16 the head's products are several times faster, and the features of such an encoder know no better.
-        return Inputs(train.bfloat16() if self.encoder.placement.precision == "bf16" else train, held, mean, scale)
+        return [train.bfloat16() if self.encoder.placement.precision == "bf16" else train, held, mean, scale]
 
-    def inputs(self, names: tuple[str, ...]) -> Inputs:
-        """What a head reads of `names`, neighbours among what rivals may read: standardised, and not copied."""
-        width, start = self.encoder.hidden, (self.config.head_features or self.train.layout).index(names[0])
-        return Inputs(*(part[..., start * width : (start + len(names)) * width] for part in self.standard))
-
-    def plan(self, guess: dict[str, float]) -> tuple[HeadSpec, Schedule]:
-        """A pooled head that reads nothing yet and how it is trained: as set, or else as guessed."""
+    def plan(self, features: tuple[str, ...], guess: dict[str, float]) -> tuple[HeadSpec, Schedule]:
+        """A pooled head on `features` and how it is trained: as set, or else as guessed."""
         config = self.config
         given = {"width": config.head_width, "lr": config.lr, "weight_decay": config.weight_decay}
         plan = FIRST_GUESS | guess | {name: value for name, value in given.items() if value is not None}
         epochs, lr, decay = config.epochs or HEAD_EPOCHS, plan["lr"], plan["weight_decay"]
         schedule = Schedule(epochs, lr, decay, config.clip_norm, config.patience)
-        return HeadSpec((), int(plan["width"]), plan["dropout"]), schedule
+        return HeadSpec(features, int(plan["width"]), plan["dropout"]), schedule
 
 
 @dataclass(frozen=True)
@@ -123,94 +106,83 @@ class TrainedHead:
         if self.spec is None:
             return {"kind": "native", **settings, "description": f"the architecture's own, {epoch}"}
         width = f"{self.spec.width} hidden units" if self.spec.width else "linear"
-        means = [name.removeprefix("mean-") for name in self.features if name.startswith("mean-")]
         reads = [name for name in self.features if not name.startswith("mean-")]
-        reads += [f"means of layers {', '.join(means)}"] if means else []
+        if means := ", ".join(name.removeprefix("mean-") for name in self.features if name not in reads):
+            reads.append(f"means of layers {means}")
         chosen = f"best of {self.tried} tried on validation data, " if self.tried > 1 else ""
         words = f"pooled, {width}, on {' and '.join(reads)}; {chosen}{epoch}"
         return {"kind": "pooled", **asdict(self.spec), **settings, "description": words}
 
 
-Attempt = Callable[[tuple[str, ...], tuple[HeadSpec, Schedule], Hopeless], TrainedHead]  # trains one rival
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """One torch thread for the block: a head's steps are so small that a second one mostly waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()
 def train_head(task: Task) -> TrainedHead:
     """The head that the settings ask for, trained: native, as given by a recipe, or the best of many."""
-    config, (_, schedule) = task.config, task.plan(FIRST_GUESS)
-    if config.head != "native" and config.recipe != "article":
-        return pick_head(task)
-    with bar("training", schedule.epochs, "epochs") as advance:
-
-        def show(number: int, epoch: Epoch) -> bool:
-            advance(1, epoch.words())
-            return False
-
-        if config.head == "native":
-            return _fit(task, (native_feature(task.encoder),), None, schedule, show)
-        features = config.head_features or ("pooler",)
-        spec = HeadSpec(features, config.head_width or 0, config.head_dropout, standardize=False)
-        return _fit(task, features, spec, schedule, show)
+    config = task.config
+    spec, schedule = task.plan(config.head_features or ("pooler",), {"width": 0, "dropout": config.head_dropout})
+    if config.head == "native":
+        return _fit(task, None, schedule, label="training")
+    if config.recipe == "article":
+        return _fit(task, replace(spec, standardize=False), schedule, label="training")
+    return pick_head(task)
 
 
 def _fit(
-    task: Task, features: tuple[str, ...], spec: HeadSpec | None, schedule: Schedule, stop: Hopeless = lambda *_: False
+    task: Task, spec: HeadSpec | None, schedule: Schedule, stop: Hopeless = lambda *_: False, label: str | None = None
 ) -> TrainedHead:
-    inputs = task.inputs(features) if spec is not None and spec.standardize else task.raw(features)
+    features = (native_feature(task.encoder),) if spec is None else spec.features
+    inputs, held, mean, scale = task.inputs(features, standardize=spec is not None and spec.standardize)
     weights = class_weights(task.train_labels, len(task.names), task.config.class_weight)
     truth = torch.from_numpy(task.validation_labels)
 
     def validate(model: nn.Module) -> tuple[float, float]:
-        return loss_and_accuracy(torch.cat([model(part) for part in inputs.held.split(8192)]), truth, weights)
+        return loss_and_accuracy(torch.cat([model(part) for part in held.split(8192)]), truth, weights)
 
     size = task.config.batch_size or min(512, max(32, len(task.train) // 8))
-    batches = FeatureBatches(inputs.train, torch.from_numpy(task.train_labels), size, task.config.seed)
+    batches = FeatureBatches(inputs, torch.from_numpy(task.train_labels), size, task.config.seed)
     head: nn.Module
     if spec is None:
         head = trained = NativeHead(native_model(task.encoder, task.names, task.config.seed))
     else:
-        head = new_head(inputs.train.shape[1], spec, len(task.names), task.config.seed)
-        head.mean.copy_(inputs.mean)
-        head.scale.copy_(inputs.scale)
+        head = new_head(inputs.shape[1], spec, len(task.names), task.config.seed)
+        head.mean.copy_(mean)
+        head.scale.copy_(scale)
         trained = head.layers  # `inputs` come standardised
-    history = fit(trained, batches, validate, schedule, weights, stop)
+    history = fit(trained, batches, validate, schedule, weights, stop, label=label)
     return TrainedHead(task.encoder, head, features, spec, schedule, history)
 
 
 def layer_sets(layout: Sequence[str]) -> list[tuple[str, ...]]:
     """Sets of stored features worth trying: each upper layer's mean, runs of neighbouring layers, everything."""
     means = [name for name in layout if name.startswith("mean-")]
-    sets: list[tuple[str, ...]] = [(name,) for name in means[len(means) // 2 :]]
-    for size in (2, 3, 4):
-        sets += [tuple(means[end - size : end]) for end in (len(means), len(means) - 1) if end >= size]
-    return list(dict.fromkeys([*sets, tuple(means), tuple(layout)]))
+    upper = [(name,) for name in means[len(means) // 2 :]]
+    runs = [tuple(means[end - size : end]) for size in (2, 3, 4) for end in (len(means), len(means) - 1) if end >= size]
+    return list(dict.fromkeys([*upper, *runs, tuple(means), tuple(layout)]))
 
 
 def pick_head(task: Task) -> TrainedHead:
     """The best on validation of many pooled heads, in what the person has not set; Ctrl-C keeps the best so far."""
-    config, sample = task.config, task
+    config = task.config
     most = SEARCH_ROWS if config.trials is None else TRIAL_ROWS
     if len(task.train) > most:
         some = np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:most])
-        sample = replace(task, train=task.train.take(some), train_labels=task.train_labels[some])
+        best = pick_head(replace(task, train=task.train.take(some), train_labels=task.train_labels[some]))
+        return best if best.history.interrupted else replace(_fit(task, best.spec, best.schedule), tried=best.tried)
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
-    first, *refinements = dict.fromkeys(map(task.plan, (FIRST_GUESS, *REFINEMENTS)))  # each once
+    first, *refinements = {task.plan((), guess): guess for guess in (FIRST_GUESS, *REFINEMENTS)}.values()  # each once
     tried: list[TrainedHead] = []
     with bar("trying heads", config.trials or len(sets) + len(sets[:2]) * len(refinements), "heads") as advance:
 
-        def attempt(features: tuple[str, ...], plan: tuple[HeadSpec, Schedule], hopeless: Hopeless) -> TrainedHead:
-            tried.append(_fit(sample, features, replace(plan[0], features=features), plan[1], hopeless))
+        def attempt(features: tuple[str, ...], guess: dict[str, float], hopeless: Hopeless) -> TrainedHead:
+            tried.append(_fit(task, *task.plan(features, guess), hopeless))
             advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
             if tried[-1].history.interrupted:
                 raise KeyboardInterrupt
@@ -228,21 +200,18 @@ def pick_head(task: Task) -> TrainedHead:
             else:
                 rivals = [attempt(features, first, behind) for features in sets]
                 for leader in sorted(rivals, key=lambda one: one.validation_loss)[:2]:
-                    for plan in refinements:
-                        attempt(leader.features, plan, behind)
+                    for guess in refinements:
+                        attempt(leader.features, guess, behind)
         except KeyboardInterrupt:
             if not tried:
                 raise  # nothing to keep yet
             best = best_of(tried)
             return replace(best, history=replace(best.history, interrupted=True), tried=len(tried))
-    best = best_of(tried)
-    if sample is not task:
-        best = _fit(task, best.features, best.spec, best.schedule)
-    return replace(best, tried=len(tried))
+    return replace(best_of(tried), tried=len(tried))
 
 
 def best_of(tried: Sequence[TrainedHead]) -> TrainedHead:
-    """The head with the lowest validation loss, the earliest of equals."""
+    """The head with the lowest validation loss (steadier than accuracy on small parts), the earliest of equals."""
     return min(tried, key=lambda one: one.validation_loss)
 
 
@@ -258,19 +227,17 @@ def optuna_search(sets: Sequence[tuple[str, ...]], task: Task, attempt: Attempt)
     study.enqueue_trial({"layers": len(sets) - 1, **FIRST_GUESS})
 
     def loss(trial: optuna.Trial) -> float:
-        guess = {
-            "width": trial.suggest_categorical("width", (0, 64, 128, 256)),
-            "dropout": trial.suggest_float("dropout", 0.0, 0.7),
-            "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
-            "weight_decay": trial.suggest_float("weight_decay", 1e-4, 10.0, log=True),
-        }
+        trial.suggest_categorical("width", (0, 64, 128, 256))
+        trial.suggest_float("dropout", 0.0, 0.7)
+        trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+        trial.suggest_float("weight_decay", 1e-4, 10.0, log=True)
+        features = sets[trial.suggest_int("layers", 0, len(sets) - 1)]
 
         def hopeless(number: int, epoch: Epoch) -> bool:
             trial.report(epoch.validation_loss, number + 1)
             return trial.should_prune()
 
-        features = sets[trial.suggest_int("layers", 0, len(sets) - 1)]
-        return attempt(features, task.plan(guess), hopeless).validation_loss
+        return attempt(features, trial.params, hopeless).validation_loss
 
     study.optimize(loss, n_trials=task.config.trials)
 
@@ -302,4 +269,4 @@ def in_folds(task: Task, head: TrainedHead, groups: NDArray[np.int64]) -> tuple[
 def refit(task: Task, head: TrainedHead) -> TrainedHead:
     """A head like `head`, trained on all of the task's training texts for as many epochs as `head` was best after."""
     schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None, keep="last")
-    return replace(_fit(task, head.features, head.spec, schedule), tried=head.tried)
+    return replace(_fit(task, head.spec, schedule), tried=head.tried)

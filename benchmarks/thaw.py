@@ -1,0 +1,96 @@
+"""Groups on fine-tuning: each measures into `samples` and says what the ratios are."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from measure import Numbers, Samples, alternate
+from setting import DATA, Bench, Ratio, faster, fresh, headstart, minilm, peer, read_rows, some_rows, train
+
+SEEDS = (2021, 7, 42, 1, 2)
+
+
+def thaw(bench: Bench, samples: Samples) -> list[Ratio]:
+    """Fine-tuning all of MiniLM on SST-2, the same epochs, batch and learning rate, another seed each round."""
+    table, epochs = some_rows(bench, "sst2/train.csv", bench.size(10**9, 600)), str(bench.size(3, 2))
+    validation, test = DATA / "sst2" / "dev.csv", DATA / "sst2" / "test.csv"
+
+    def ours(depth: str) -> Callable[[], None]:
+        def measure() -> None:
+            name = f"headstart, {depth}"
+            words = ("--thaw", depth, "--epochs", epochs, "--seed", str(SEEDS[len(samples.of.get(name, []))]))
+            given, out = ("--validation", validation, "--test", test), fresh(bench, "run")
+            numbers = train(table, out, *given, *words, cache=fresh(bench, "cache"))
+            samples.add(name, {**numbers, "fit_seconds": fitting(out), "epoch_seconds": epoch_seconds(out)})
+
+        return measure
+
+    def trainer(name: str, *flags: str) -> Callable[[], None]:
+        def measure() -> None:
+            seed = str(SEEDS[len(samples.of.get(name, []))])
+            samples.add(
+                name, peer("trainer_thaw.py", minilm(), table, test, "--epochs", epochs, "--seed", seed, *flags)
+            )
+
+        return measure
+
+    alternate(
+        [
+            ("headstart, all", bench.repeats, ours("all")),
+            ("Trainer, bf16 and length groups", bench.repeats, trainer("Trainer, bf16 and length groups", "--fast")),
+            ("headstart, 2", bench.few, ours("2")),
+            ("Trainer, defaults", bench.few, trainer("Trainer, defaults")),
+        ]
+    )
+    what = f"fine-tuning the whole encoder, {epochs} epochs, {len(read_rows(table)):,} texts, MiniLM"
+    ratios = []
+    for name, against, goal in (
+        ("Trainer, defaults", "Hugging Face Trainer, dynamic padding", "at least 4"),
+        (
+            "Trainer, bf16 and length groups",
+            "Hugging Face Trainer, bf16, dynamic padding, length groups",
+            "at least 1.25",
+        ),
+    ):
+        ratios.append(faster(samples, "headstart, all", name, f"{what}; whole process", against, goal))
+        gain = samples.median(name, "fit_seconds") / samples.median("headstart, all", "fit_seconds")
+        ratios.append(Ratio("the same, training alone", against, gain, goal=goal))
+    share = samples.median("headstart, 2", "epoch_seconds") / samples.median("headstart, all", "epoch_seconds")
+    said = f"accuracy {samples.median('headstart, 2', 'accuracy'):.3f}"
+    ratios.append(Ratio("an epoch of --thaw 2", "an epoch of --thaw all", share, "share", said, "at most 45%"))
+    return ratios
+
+
+def costs(bench: Bench, samples: Samples) -> list[Ratio]:
+    """What `--thaw auto` predicts that fine-tuning to a depth takes, against what it then took."""
+    ratios = []
+    for name in ("sst2/all.csv", "customer-reviews.csv", "trec/train.csv"):
+        table, cache = some_rows(bench, name, bench.size(3000, 200)), fresh(bench, "cache")
+        took: dict[str, float] = {}
+        for depth in ("auto", "1", "3", "6"):
+            out = fresh(bench, "run")
+            numbers: Numbers = headstart(
+                "train", table, "--thaw", depth, "--epochs", "3", "--out", out, "--overwrite", cache=cache
+            )
+            took["all" if depth == "auto" else depth] = fitting(out)
+            if depth == "auto":
+                listed = json.loads((out / "headstart.json").read_text())["thaw"]["costs"]
+                predicted = {str(cost["depth"]): float(cost["seconds"]) for cost in listed}
+            samples.add(f"{name}, --thaw {depth}", numbers)
+        shares = {depth: predicted[depth] / seconds for depth, seconds in took.items()}
+        said = ", ".join(f"{depth}: {share:.0%}" for depth, share in shares.items())
+        worst = max(shares.values(), key=lambda share: abs(share - 1))
+        what = f"time predicted for a depth, the worst one, {len(read_rows(table)):,} texts of {name}"
+        ratios.append(Ratio(what, "the time it took", worst, "share", said, "70% to 130%"))
+    return ratios
+
+
+def fitting(out: Path) -> float:
+    """Seconds that fine-tuning took in a run: the frozen prefix, all epochs with their validation, and the test."""
+    return float(json.loads((out / "headstart.json").read_text())["thaw"]["seconds"])
+
+
+def epoch_seconds(out: Path) -> float:
+    """The median over a run's epochs."""
+    return statistics.median(one["seconds"] for one in json.loads((out / "headstart.json").read_text())["history"])
