@@ -99,7 +99,7 @@ class Engine:
         self.dtype, self.start = dtype, start
         if any(name.startswith("embeddings.") for name in weights):
             words = weights["embeddings.word_embeddings.weight"]
-            self.words = words if words.requires_grad else words.to(device, dtype)
+            self.words = words.to(device) if words.requires_grad else words.to(device, dtype)
             self.positions = tensor("embeddings.position_embeddings.weight")
             if not distil:  # every token is of the first sentence
                 self.positions = self.positions + tensor("embeddings.token_type_embeddings.weight")[0]

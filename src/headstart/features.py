@@ -163,7 +163,7 @@ class Shelf:
 
 
 def evict(store: Path) -> None:
-    """Delete what was used longest ago while the store is over its cap; its lock is held."""
+    """Delete what was used longest ago while the store is over its cap."""
     segments = by_age([*store.glob("*/*.safetensors"), *store.glob("*/*.npy")])
     excess = sum(size for _, size, _ in segments) - cache_max_bytes()
     for _, size, path in segments:

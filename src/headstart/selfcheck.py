@@ -21,8 +21,7 @@ from headstart.config import TrainConfig
 from headstart.errors import HeadstartError, count_of
 from headstart.run import read
 
-TEXTS = 40  # of each label: enough for a few steps
-OFTEN = "1e-9"  # minutes between checkpoints: one after each step
+TEXTS, OFTEN = 40, "1e-9"  # of each label, for a few steps; minutes between checkpoints, so that each step has one
 
 
 def check_resume(config: TrainConfig, announce: Callable[[str], None]) -> str:

@@ -91,8 +91,9 @@ class Texts:
                             reserve(file, temporary.stat().st_size)
                         self.fill(kept).flush()
                 os.utime(path)
+                kept = np.load(path, mmap_mode="r")  # stays readable, even if it is too large for the store's cap
             evict(path.parents[1])
-        return replace(self, kept=np.load(path, mmap_mode="r"))
+        return replace(self, kept=kept)
 
     def fill(self, kept: Any) -> Any:
         """Run the prefix over all texts into a (tokens, hidden) array."""
