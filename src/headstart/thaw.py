@@ -84,7 +84,7 @@ class Texts:
             with FileLock(path.with_suffix(".lock")):
                 for torn in path.parent.glob(f".{path.name}.*.tmp"):  # by a kill: a living writer holds the lock
                     torn.unlink()
-                if not path.is_file() or path.stat().st_size <= 2 * math.prod(shape):  # cut short: no room for a header
+                if not path.is_file() or path.stat().st_size < 128 + 2 * math.prod(shape):  # cut short: 128 are numpy's
                     with whole_file(path) as temporary:
                         kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
                         with open(temporary, "rb+") as file:
