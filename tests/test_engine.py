@@ -123,12 +123,25 @@ def test_attention_is_exact_also_where_exponentials_overflow(scale: float, bert:
     name = "encoder.layer.1.attention.self.query.weight"
     sharp = bert.engine(**{name: bert.weights[name] * scale})
     plain = bert.engine(**{name: bert.weights[name] * scale})
-    plain.fused = False  # torch's softmax throughout
+    plain.onednn = False  # torch's softmax throughout
     ids, mask = batch(0)
     with torch.inference_mode():
         scores = run(sharp, ("mean-1",), ids, mask)[:, 0] @ (bert.weights[name] * scale).T
     assert (float(scores.abs().max()) > 88) == (scale > 1), "exp overflows there in fp32"
     torch.testing.assert_close(run(sharp, EVERYTHING, ids, mask), run(plain, EVERYTHING, ids, mask), **CLOSE)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_without_gradients_bias_and_residual_are_added_inside_the_products(bert: Tiny) -> None:
+    ids, mask = batch(0)
+    engine = bert.engine()  # made where gradients are on, as everywhere in headstart
+    counts = []
+    for grad in (torch.inference_mode(), torch.enable_grad()):
+        with grad, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            engine(ids, mask, EVERYTHING)
+        found = {event.key: event.count for event in profile.key_averages()}
+        counts.append([found.get(name, 0) for name in ("mkldnn::_linear_pointwise", "aten::linear")])
+    assert counts == [[4 * len(engine.layers), 0], [0, 4 * len(engine.layers)]]
 
 
 def test_rows_added_for_the_products_change_nothing(bert: Tiny) -> None:

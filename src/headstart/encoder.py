@@ -185,7 +185,7 @@ def load_encoder(model: str, placement: Placement) -> Encoder:
     hf_tokenizer, tokenizer = load_tokenizer(folder)
     parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
     parts += [json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
-    parts += [torch.__version__, "transformers" if engine is None else "engine 2"]
+    parts += [torch.__version__, "transformers" if engine is None else "engine 3"]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     has_pooler = any(name.startswith("pooler.") for name in weights)
     return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)

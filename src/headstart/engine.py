@@ -94,8 +94,7 @@ class Engine:
         def pair(name: str, scale: float = 1.0) -> Pair:
             return tensor(name + ".weight", scale), tensor(name + ".bias", scale)
 
-        # oneDNN's products with more inside have no gradient.
-        self.fused = device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled()
+        self.onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.dtype, self.start = dtype, start
         if any(name.startswith("embeddings.") for name in weights):
             words = weights["embeddings.word_embeddings.weight"]
@@ -113,6 +112,11 @@ class Engine:
             self.layers.append([(torch.cat([q[0], k[0], v[0]]), torch.cat([q[1], k[1], v[1]])), *rest])
         if any(layer[0][0].shape != (3 * self.hidden, self.hidden) for layer in self.layers):
             raise ValueError("the weights are of another width than the configuration")
+
+    @property
+    def fused(self) -> bool:
+        """Whether products take bias and residual inside: oneDNN's that do have no gradient."""
+        return self.onednn and not torch.is_grad_enabled()
 
     def __call__(self, ids: Tensor, mask: Tensor, layout: Sequence[str]) -> Tensor:
         """Vectors of each text, (batch, len(layout), hidden) fp32, from token ids padded on the right and a 0/1 mask.
