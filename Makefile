@@ -4,13 +4,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := benchmarks/.venv
 
-.PHONY: demo test check fix docs bench bench-table clean
+.PHONY: demo test browser check fix docs bench bench-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/headstart demo
 
-test: $(VENV)/.installed-test check
+test: $(VENV)/.installed-test browser check
 	$(BIN)/python -m pytest
+
+# The report is opened in a real browser. Where there is none and none can be installed, those tests are skipped.
+browser:
+	@command -v chromium chromedriver >/dev/null || (apt-get -qq update && apt-get -qq install -y chromium chromium-driver) \
+		>/dev/null 2>&1 || echo "No Chromium: the report will not be opened in a browser."
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

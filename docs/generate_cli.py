@@ -15,6 +15,8 @@ COMMANDS = (
     ("evaluate",),
     ("predict",),
     ("lengths",),
+    ("audit",),
+    ("explain",),
     ("cache",),
     ("cache", "info"),
     ("cache", "clear"),

@@ -1,6 +1,7 @@
 """The command line as a person meets it: its options, what it prints where, how it ends, and every bad input."""
 
 import contextlib
+import csv
 import dataclasses
 import errno
 import gzip
@@ -107,15 +108,15 @@ HF_NAMES = {
 NO_HF_NAME = {
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
     *("--trials", "--folds", "--time-budget", "--dry-run", "--no-store", "--checkpoint-minutes", "--keep-checkpoints"),
-    *("--config", "--selfcheck-resume"),
-    *("--input", "--output", "--png"),
+    *("--config", "--selfcheck-resume", "--calibration"),
+    *("--input", "--output", "--png", "--min-confidence", "--json", "--html"),
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
 
 SAMPLES = (
     *("a_b", "3", "0.5"),
     *(get_args(kind)[-1] for kind in (config.Recipe, config.HeadKind, config.ClassWeight)),
-    *(get_args(kind)[-1] for kind in (config.Device, config.Precision)),
+    *(get_args(kind)[-1] for kind in (config.Device, config.Precision, config.Calibration)),
 )
 
 
@@ -168,6 +169,8 @@ def test_every_spelling_reaches_the_same_setting(
 def test_every_option_has_its_hugging_face_name() -> None:
     assert OPTIONS
     for command, _, spellings, _ in OPTIONS:
+        if (command, spellings[0]) == ("audit", "--out"):
+            continue  # a file, and not a folder
         if spellings[0] in HF_NAMES:
             assert HF_NAMES[spellings[0]] in spellings, command
         else:
@@ -389,6 +392,122 @@ def test_predict_says_when_a_text_was_cut(run: Run, tiny_run: Path) -> None:
     ended = run("predict", tiny_run, "very " * 100)
     assert ended.code == 0
     assert "1 texts were cut to max_length" in ended.err or "1 text was cut to max_length" in ended.err
+
+
+def test_predict_abstains_below_the_confidence_asked_for(run: Run, tiny_run: Path, tmp_path: Path) -> None:
+    sure = float(run("predict", tiny_run, "the film was superb").out.split("\t")[1])
+    texts = ("the film was superb", "the film was awful")
+    done = run("predict", tiny_run, *texts, "--min-confidence", "1")
+    assert [line.split("\t")[0] for line in done.out.splitlines()] == ["abstain", "abstain"]
+    done = run("predict", tiny_run, *texts, "--min-confidence", str(sure - 0.01))
+    assert done.out.splitlines()[0].startswith(load_predictor(tiny_run).predict(texts)[0])
+    with open(tiny_run / "predictions.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["confidence"]) >= sure - 0.01]
+    if rows:
+        assert f"{np.mean([row['label'] == row['prediction'] for row in rows]):.3f} of those right" in done.err
+    (tmp_path / "t.csv").write_text("sentence\nthe film was superb\n")
+    run("predict", tiny_run, "--input", "t.csv", "--output", "o.csv", "--min-confidence", "1.0")
+    assert (tmp_path / "o.csv").read_text().splitlines()[1].split(",")[1] == "abstain"
+
+
+@pytest.mark.parametrize("confidence", ["-0.1", "1.5", "nan"])
+def test_a_confidence_that_is_none_is_refused(confidence: str, run: Run, tiny_run: Path) -> None:
+    done = run("predict", tiny_run, "a film", "--min-confidence", confidence)
+    assert (done.code, done.out) == (2, "")
+    assert "--min-confidence takes a number from 0 to 1" in done.err
+
+
+def test_a_label_named_abstain_is_not_mixed_up(run: Run, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "r")
+    settings = json.loads((tmp_path / "r" / "config.json").read_text())
+    settings["id2label"] = {"0": "abstain", "1": "1"}
+    (tmp_path / "r" / "config.json").write_text(json.dumps(settings))
+    assert run("predict", "r", "a film", "--min-confidence", "0.9").code == 2
+    assert run("predict", "r", "a film").code == 0
+
+
+# --- explain and audit
+
+
+def test_explain_prints_the_words_and_the_nearest_training_texts(run: Run, tiny_run: Path) -> None:
+    done = run("explain", tiny_run, "the film was superb and lovely")
+    label, confidence = done.out.splitlines()[0].split()
+    assert label in ("0", "1")
+    assert 0.5 <= float(confidence) <= 1
+    for heading in ("Speaks for it", "Speaks against it", "Nearest training texts", "completeness error 0."):
+        assert heading in done.out
+    assert "superb" in done.out
+    assert "\x1b" not in done.out, "no colours but on a terminal"
+
+
+def test_explain_as_json_and_as_a_page(run: Run, tiny_run: Path) -> None:
+    text = "<script>alert(1)</script> the film was superb"
+    found = json.loads(run("explain", tiny_run, text, "--json").out)
+    assert found["text"] == text
+    assert [word["word"] for word in found["words"]] == text.split()
+    assert [set(one) for one in found["nearest"]] == [{"text", "label", "similarity"}] * 5
+    assert found["completeness_error"] < 0.1
+    page = run("explain", tiny_run, text, "--html").out
+    assert page.startswith("<!doctype html>")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    both = run("explain", tiny_run, text, "--json", "--html")
+    assert (both.code, both.out) == (2, "")
+
+
+def test_explain_does_without_the_table(run: Run, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "r")
+    info = json.loads((tmp_path / "r" / "headstart.json").read_text())
+    info["settings"]["data"] = "gone.csv"
+    (tmp_path / "r" / "headstart.json").write_text(json.dumps(info))
+    done = run("explain", "r", "the film was superb")
+    assert done.code == 0
+    assert "superb" in done.out
+    assert "Nearest" not in done.out
+    assert "nearest training texts are not shown. gone.csv: no such file" in done.err
+
+
+@posix
+def test_explain_colours_the_words_on_a_terminal(tiny_run: Path, tmp_path: Path) -> None:
+    import pty
+
+    parent, child = pty.openpty()
+    process = start(["explain", tiny_run, "the film was superb"], tmp_path, stdout=child, stderr=subprocess.DEVNULL)
+    os.close(child)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal is closed at the end
+        while chunk := os.read(parent, 65536):
+            said += chunk
+    assert process.wait(60) == 0
+    assert b"\x1b[" in said.splitlines()[0]
+
+
+def test_audit_writes_all_rows_and_says_what_it_found(run: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [*SMALL_ROWS, (SMALL_ROWS[0][0], SMALL_ROWS[1][1]), ("", "1")]
+    write_csv(tmp_path / "t.csv", rows, "sentence", "label")
+    done = run("audit", "t.csv", "--model", tiny_bert)
+    assert (done.code, done.err) == (0, "")
+    assert "t.csv: 82 rows; 0 " in done.out
+    assert "2  same text with another label" in done.out
+    assert "1  blank text or label" in done.out
+    assert done.out.splitlines()[-1] == "Next      headstart train t-audit.csv"
+    again = run("train", "t-audit.csv", "--model", tiny_bert, "--out", "r")
+    assert again.code == 0, "what it wrote can be trained on"
+
+
+def test_audit_names_columns_that_train_would_not_find(run: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", SMALL_ROWS, "what they said", "kind")
+    done = run("audit", "t.csv", "--text", "what they said", "--label", "kind", "--model", tiny_bert, "--out", "f.csv")
+    assert done.out.splitlines()[-1] == "Next      headstart train f.csv --text 'what they said' --label kind"
+
+
+def test_audit_refuses_what_train_refuses(run: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sentence,label\n" + "a film,1\n" * 20)
+    before = tree(tmp_path)
+    done = run("audit", "t.csv", "--model", tiny_bert)
+    assert (done.code, done.out) == (2, "")
+    assert "every row has the label '1'" in done.err
+    assert tree(tmp_path) == before
 
 
 def test_predict_from_a_table_to_a_table(run: Run, tiny_run: Path, tmp_path: Path) -> None:

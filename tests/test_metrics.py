@@ -8,7 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from headstart.metrics import accuracy_interval, baselines, calibration_error, evaluate, report_text
+from headstart.metrics import (
+    CONFIDENCES,
+    accuracy_interval,
+    baselines,
+    calibration_error,
+    comparison,
+    coverage,
+    evaluate,
+    f1_intervals,
+    precision_recall,
+    reliability,
+    report_text,
+    scores,
+    slices,
+    temperature,
+)
 
 NAMES = ("bad", "good", "so-so")
 TRUTH = np.array([0, 0, 0, 0, 1, 1])
@@ -185,9 +200,15 @@ def test_a_label_has_one_line_whatever_is_in_its_name() -> None:
 NOUNS = ("film", "hotel", "soup", "phone", "app", "waiter", "room", "story")
 
 
+def scored(
+    train: list[str], labels: NDArray[np.int64], test: list[str], *, truth: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    return {name: scores(said, truth) for name, said in baselines(train, labels, test).items()}
+
+
 def test_the_commonest_label_of_training_is_the_floor() -> None:
     texts = [f"text {i}" for i in range(10)]
-    got = baselines(texts, np.array([1] * 6 + [0] * 4), texts[:8], np.array([0] * 5 + [1] * 3))
+    got = scored(texts, np.array([1] * 6 + [0] * 4), texts[:8], truth=np.array([0] * 5 + [1] * 3))
     # It says 1 to everything: 3 of 8 right, F1 of 1 is 2·3/(3 + 8), of 0 nothing.
     assert got["majority"] == {"accuracy": 3 / 8, "macro_f1": pytest.approx((6 / 11) / 2)}
     assert set(got) == {"majority", "tfidf_logreg"}
@@ -195,7 +216,7 @@ def test_the_commonest_label_of_training_is_the_floor() -> None:
 
 def test_macro_f1_of_a_baseline_is_over_the_labels_present() -> None:
     texts = ["a good film", "a bad film", "a plain film"] * 4
-    got = baselines(texts, np.array([1, 0, 2] * 4), texts[:2], np.array([1, 1]))
+    got = scored(texts, np.array([1, 0, 2] * 4), texts[:2], truth=np.array([1, 1]))
     # It says 1 and 0 where both are 1: the F1 of 1 is 2·1/(1 + 2), and 0 is only said, not there.
     assert got["tfidf_logreg"] == {"accuracy": 0.5, "macro_f1": pytest.approx(2 / 3)}
     assert got["majority"] == {"accuracy": 0, "macro_f1": 0}, "the first of equally common labels"
@@ -204,7 +225,7 @@ def test_macro_f1_of_a_baseline_is_over_the_labels_present() -> None:
 def test_one_telling_word_is_learnt() -> None:
     train = [f"the {noun} was {word}" for noun in NOUNS[:5] for word in ("superb", "awful")]
     test = [f"a {word} {noun}" for noun in NOUNS[5:] for word in ("superb", "awful")]
-    got = baselines(train, np.array([1, 0] * 5), test, np.array([1, 0] * 3))
+    got = scored(train, np.array([1, 0] * 5), test, truth=np.array([1, 0] * 3))
     assert got["tfidf_logreg"] == {"accuracy": 1, "macro_f1": 1}
     assert got["majority"]["accuracy"] == 0.5
 
@@ -215,22 +236,143 @@ def test_pairs_of_words_are_read() -> None:
     train = [f"{noun} {first} {second}" for noun in NOUNS for first, second, _ in pairs]
     labels = np.array([label for _ in NOUNS for _, _, label in pairs])
     test = [f"{first} {second}" for first, second, _ in pairs]
-    got = baselines(train, labels, test, np.array([label for _, _, label in pairs]))
+    got = scored(train, labels, test, truth=np.array([label for _, _, label in pairs]))
     assert got["tfidf_logreg"]["accuracy"] == 1
 
 
 def test_a_word_may_be_one_character() -> None:
     train = [f"{first} {second}" for first in "甲乙丙丁" for second in "好壞"]
-    got = baselines(train, np.array([1, 0] * 4), ["戊 好", "戊 壞"], np.array([1, 0]))
+    got = scored(train, np.array([1, 0] * 4), ["戊 好", "戊 壞"], truth=np.array([1, 0]))
     assert got["tfidf_logreg"]["accuracy"] == 1
 
 
 def test_texts_without_a_word_leave_the_commonest_label() -> None:
     train, labels = ["!!!", "???", "...", "😒"], np.array([1, 1, 1, 0])
-    got = baselines(train, labels, ["?!", "a word"], np.array([1, 0]))
+    got = scored(train, labels, ["?!", "a word"], truth=np.array([1, 0]))
     assert got["tfidf_logreg"] == got["majority"] == {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3)}
 
 
 def test_a_test_text_of_unknown_words_gets_an_answer() -> None:
-    got = baselines(["good film", "bad film"] * 3, np.array([1, 0] * 3), ["zebra", "!!!"], np.array([1, 1]))
+    got = scored(["good film", "bad film"] * 3, np.array([1, 0] * 3), ["zebra", "!!!"], truth=np.array([1, 1]))
     assert got["tfidf_logreg"]["accuracy"] in (0, 1), "both get the same"
+
+
+# --- how far its confidence can be trusted
+
+
+def drawn(seed: int, n: int, labels: int, sharpness: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Logits, and truths drawn from their softmax, before the logits are made `sharpness` times as large."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(n, labels)) * 2
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    truth = np.array([random.choice(labels, p=share) for share in shares])
+    return logits * sharpness, truth
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("labels", [2, 5])
+def test_the_temperature_undoes_what_made_logits_too_sharp_or_too_flat(sharpness: float, labels: int) -> None:
+    logits, truth = drawn(0, 6000, labels, sharpness)
+    assert temperature(logits, truth) == pytest.approx(sharpness, rel=0.08)
+
+
+def test_a_few_texts_do_not_move_the_temperature_far() -> None:
+    logits, truth = np.array([[9.0, 0.0]] * 5), np.zeros(5, np.int64)  # all right: without a prior, towards 0
+    assert 0.8 < temperature(logits, truth) < 1.0
+    assert temperature(logits, 1 - truth) > 1.5, "all wrong, and surely so"
+
+
+def test_bins_of_confidence_as_worked_out_by_hand() -> None:
+    said = np.array([[0.99, 0.01], [0.01, 0.99], [0.55, 0.45], [0.45, 0.55]])
+    assert reliability(said, np.array([0, 0, 0, 0])) == [
+        {"confidence": pytest.approx(0.55), "accuracy": 0.5, "n": 2},
+        {"confidence": pytest.approx(0.99), "accuracy": 0.5, "n": 2},
+    ]
+    assert calibration_error(said, np.array([0, 0, 0, 0])) == pytest.approx((0.05 + 0.49) / 2)
+
+
+def test_who_answers_only_when_sure_is_right_more_often() -> None:
+    rows = coverage(np.array([0.55, 0.65, 0.92, 0.97]), np.array([False, True, False, True]))
+    found = {row["min_confidence"]: (row["coverage"], row["accuracy"]) for row in rows}
+    assert tuple(found) == CONFIDENCES
+    assert found[0.5] == (1.0, 0.5)
+    assert found[0.6] == (0.75, pytest.approx(2 / 3))
+    assert found[0.95] == (0.25, 1.0)
+    assert found[0.99] == (0.0, None)
+
+
+# --- is it luck?
+
+
+def test_mcnemar_as_in_the_book() -> None:
+    # Of 100 texts 15 are right only by ours and 5 only by the other: 2·P(at most 5 of 20 heads) is 0.0414.
+    truth = np.zeros(100, np.int64)
+    mine = np.array([0] * 15 + [1] * 5 + [0] * 70 + [1] * 10)
+    other = np.array([1] * 15 + [0] * 5 + [0] * 70 + [1] * 10)
+    got = comparison(mine, other, truth)
+    assert got["difference"] == pytest.approx(0.10)
+    assert got["p_value"] == pytest.approx(0.0414, abs=1e-4)
+    low, high = got["difference_ci95"]  # by the normal formula 0.10 ± 1.96·0.0436
+    assert (low, high) == (pytest.approx(0.0145, abs=0.01), pytest.approx(0.1855, abs=0.01))
+    assert comparison(mine, mine, truth) == {"difference": 0.0, "difference_ci95": [0.0, 0.0], "p_value": 1.0}
+
+
+def test_f1_intervals_hold_the_f1_and_are_as_wide_as_by_drawing_rows() -> None:
+    random = np.random.default_rng(3)
+    truth = random.integers(3, size=300)
+    said = np.where(random.random(300) < 0.7, truth, random.integers(3, size=300))
+    whole = evaluate(np.eye(4)[said] * 0.96 + 0.01, truth, ("a", "b", "c", "never"))
+    got = f1_intervals(whole["confusion_matrix"])
+    drawn = []
+    for _ in range(1000):
+        some = random.integers(300, size=300)
+        drawn.append(scores(said[some], truth[some])["macro_f1"])
+    assert got["macro_f1"] == pytest.approx(np.quantile(drawn, (0.025, 0.975)).tolist(), abs=0.012)
+    for name, (low, high) in zip("abc", got["f1"], strict=False):
+        assert low < whole["per_label"][name]["f1"] < high
+    assert got["f1"][3] == [0.0, 0.0], "a label that is not there"
+
+
+# --- curves and slices
+
+
+def test_precision_and_recall_of_each_label_that_is_there() -> None:
+    said = np.array([[0.9, 0.1, 0], [0.6, 0.4, 0], [0.7, 0.3, 0], [0.2, 0.8, 0]])
+    curves = precision_recall(said, np.array([0, 0, 1, 1]))
+    assert [curve["label"] for curve in curves] == [0, 1]
+    # Label 0 by falling share: right, wrong, right, wrong: (1/1 + 2/3) / 2.
+    assert curves[0]["average"] == pytest.approx((1 + 2 / 3) / 2)
+    assert curves[0]["points"][0] == [1.0, 0.5]
+    assert curves[0]["points"][-1] == [0.0, 1.0]
+    many = precision_recall(np.column_stack([np.linspace(0, 1, 500), np.linspace(1, 0, 500)]), np.arange(500) % 2)
+    assert all(len(curve["points"]) <= 60 for curve in many), "few enough to draw"
+
+
+def test_slices_are_counted_by_hand_and_the_worst_comes_first() -> None:
+    texts = ["a film"] * 30 + ["it isn't a film that anybody would want to see twice in a year"] * 30
+    right = np.array([True] * 30 + [False] * 15 + [True] * 15)
+    truth = np.array([0, 1] * 30)
+    rows = {row["slice"]: row for row in slices(texts, truth, right, ("no", "yes"), ["A film that is seen"])}
+    negation = "a negation (not, never, n't, …)"
+    assert rows[negation]["n"] == rows["at least 14 words"]["n"] == rows["a word that training never shows"]["n"] == 30
+    assert rows[negation]["accuracy"] == 0.5
+    assert rows[negation]["accuracy_ci95"] == accuracy_interval(15, 30)
+    assert rows["at most 2 words"]["accuracy"] == 1.0
+    assert rows["label yes"]["n"] == 30
+    assert [row["accuracy"] for row in rows.values()] == sorted(row["accuracy"] for row in rows.values())
+
+
+@pytest.mark.parametrize("text", ["not so", "I don't", "I don\u2019t", "do n't", "NEVER again", "no", "without end"])
+def test_negations_are_seen(text: str) -> None:
+    rows = slices([text] * 20, np.zeros(20, np.int64), np.ones(20, bool), ("a", "b"), [text])
+    assert any(row["slice"].startswith("a negation") for row in rows)
+
+
+@pytest.mark.parametrize("text", ["a noble knot", "note this", "norway"])
+def test_words_that_only_look_like_negations_are_none(text: str) -> None:
+    rows = slices([text] * 20, np.zeros(20, np.int64), np.ones(20, bool), ("a", "b"), [text])
+    assert not any(row["slice"].startswith("a negation") for row in rows)
+
+
+def test_too_few_texts_make_no_slice() -> None:
+    assert slices(["a"] * 19, np.zeros(19, np.int64), np.ones(19, bool), ("a", "b"), []) == []

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from headstart import config, report
+from headstart.data import Dataset
 from headstart.errors import CONTROL, DiskError
 from headstart.metrics import evaluate, report_text
 from headstart.run import Run, train
@@ -45,10 +47,11 @@ def line_of(text: str, word: str) -> str:
     return line
 
 
-def scored(accuracy: float, majority: float, tfidf: float) -> dict[str, Any]:
+def scored(accuracy: float, majority: float, tfidf: float, p: float) -> dict[str, Any]:
     return {
         "test": {"accuracy": accuracy},
         "baselines": {"majority": {"accuracy": majority}, "tfidf_logreg": {"accuracy": tfidf}},
+        "comparisons": {"majority": {"p_value": p}, "tfidf_logreg": {"p_value": p}},
     }
 
 
@@ -67,7 +70,8 @@ def test_the_one_screen_says_what_came_out(native: Run, tiny_bert: Path) -> None
         assert f"{value:.3f}" in line_of(text, "Test ")
     assert report.compare_text(native.metrics) in line_of(text, "Compare")
     assert f"{native.metrics['timing']['total']:.1f} s" in line_of(text, "Time")
-    assert line_of(text, "Saved").endswith(str(native.folder))
+    assert line_of(text, "Saved").endswith(f"{native.folder} (report.html tells more)")
+    assert report.trust_text(native.metrics) in line_of(text, "Trust")
     assert line_of(text, "Next").endswith(f'headstart predict {native.folder} "your text"')
     assert native.report.rstrip() in text
     order = [text.index(f"\n{word}") for word in ("Lengths", "Head", "Test", "Compare", "Saved", "Next")]
@@ -107,8 +111,10 @@ def test_large_counts_can_be_read_and_parts_that_took_no_time_are_left_out(
 def test_it_says_plainly_whether_the_baselines_are_beaten(
     accuracy: float, majority: float, tfidf: float, verdict: str
 ) -> None:
-    text = report.compare_text(scored(accuracy, majority, tfidf))
-    assert text == f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict}"
+    told = f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict}"
+    assert report.compare_text(scored(accuracy, majority, tfidf, 0.0002)) == f"{told} (p < 0.001)"
+    assert report.compare_text(scored(accuracy, majority, tfidf, 0.0412)) == f"{told} (p = 0.041)"
+    assert report.compare_text(scored(accuracy, majority, tfidf, 0.2)) == f"{told} (p = 0.200, which may be luck)"
 
 
 def test_an_evaluation_on_another_table() -> None:
@@ -198,7 +204,11 @@ def test_json_is_for_people_too(tmp_path: Path) -> None:
     assert content.endswith("}\n")
 
 
-TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from(',;"\n\r\t= '))
+TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from(',;"\n\r\t= ')).filter(lambda text: text[:1] != "'")
+
+
+def table(texts: Sequence[str], labels: NDArray[np.int64], names: Sequence[str]) -> Dataset:
+    return Dataset(list(texts), labels, tuple(names), np.arange(len(texts)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -212,21 +222,24 @@ def test_predictions_come_back_as_they_were(
     path = tmp_path_factory.getbasetemp() / "predictions.csv"
     said = np.array([[1 - share, share] for _, _, share in rows]).reshape(-1, 2)
     truth = np.array([label for _, label, _ in rows], dtype=np.int64)
-    report.write_predictions(path, [text for text, _, _ in rows], truth, said, names)
+    report.write_predictions(path, table([text for text, _, _ in rows], truth, names), said)
     with open(path, encoding="utf-8", newline="") as file:
         header, *back = csv.reader(file)
     assert header == ["text", "label", "prediction", "confidence", f"p_{names[0]}", f"p_{names[1]}"]
     assert len(back) == len(rows)
     for (text, label, share), row in zip(rows, back, strict=True):
         best = int(share > 1 - share)
-        assert row[:3] == [text, names[label], names[best]]
+        assert [re.sub(r"^'(?=[=+@\t\r-])", "", cell) for cell in row[:3]] == [text, names[label], names[best]]
+        assert not any(re.match(r"[=@\t\r]|[+-](?![\d.,]+$)", cell) for cell in row), (
+            "nothing that a spreadsheet computes"
+        )
         assert row[3] == row[4 + best]
         assert [float(value) for value in row[4:]] == pytest.approx([1 - share, share], abs=5e-7)
 
 
 def test_a_column_for_each_of_several_labels(tmp_path: Path) -> None:
     said = np.array([[0.2, 0.3, 0.5], [0.6, 0.25, 0.15]])
-    report.write_predictions(tmp_path / "p.csv", ["a", "b"], np.array([2, 1]), said, ("x", "y", "z"))
+    report.write_predictions(tmp_path / "p.csv", table(["a", "b"], np.array([2, 1]), ("x", "y", "z")), said)
     assert (tmp_path / "p.csv").read_text().splitlines() == [
         "text,label,prediction,confidence,p_x,p_y,p_z",
         "a,z,z,0.500000,0.200000,0.300000,0.500000",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from sklearn.model_selection import train_test_split
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
@@ -22,7 +23,7 @@ from torch import nn
 import headstart
 from headstart import config, metrics, predict, run
 from headstart.data import text_key
-from headstart.errors import DataError
+from headstart.errors import DataError, InputError
 from headstart.run import Run
 from headstart.train import FeatureBatches
 from tests.conftest import BAD, GOOD, NOUNS, SMALL_ROWS, write_csv
@@ -141,7 +142,10 @@ def shape_of(value: Any, like: Any) -> Any:
 def test_metrics_have_the_contracts_keys_and_shapes(done: Run) -> None:
     content = json.loads((done.folder / "metrics.json").read_text(encoding="utf-8"))
     assert content == done.metrics
-    assert shape_of(content, CONTRACT) == CONTRACT
+    assert shape_of({name: content[name] for name in CONTRACT}, CONTRACT) == CONTRACT
+    assert set(content) - set(CONTRACT) == {
+        *("comparisons", "intervals", "calibration", "coverage", "slices", "contradicted", "learning_curve")
+    }
     for name, part in (("test", content["test"]), ("validation", content["validation"])):
         assert part["n"] == done.info["split"][name]
         assert part["labels"] == list(part["per_label"]) == ["a", "b", "c"]
@@ -174,13 +178,13 @@ def test_the_folder_says_what_was_done(train: Callable[..., Run]) -> None:
     assert len(info["history"]) == done.metrics["stages"][0]["epochs"]
     assert {path.name for path in done.folder.iterdir()} >= {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling_headstart.py"),
-        *("headstart.json", "metrics.json", "predictions.csv", "README.md"),
+        *("headstart.json", "metrics.json", "predictions.csv", "README.md", "report.html"),
     }
     assert [path.name for path in done.folder.parent.iterdir() if path.is_dir()] == ["run"], "nothing beside it"
 
 
 def test_the_kept_epoch_is_the_one_whose_validation_is_told(train: Callable[..., Run]) -> None:
-    done = train(epochs=12, lr=0.3)  # so hard that the last epoch is not the best
+    done = train(epochs=12, lr=0.3, calibration="none")  # so hard that the last epoch is not the best
     losses = [epoch["validation_loss"] for epoch in done.info["history"]]
     best = int(np.argmin(losses))
     assert best < len(losses) - 1
@@ -190,9 +194,59 @@ def test_the_kept_epoch_is_the_one_whose_validation_is_told(train: Callable[...,
     assert done.metrics["validation"]["log_loss"] == pytest.approx(losses[best], rel=1e-4)  # classes are balanced here
 
 
+def test_the_temperature_is_in_the_weights(train: Callable[..., Run]) -> None:
+    heads = {kind: train(calibration=kind, out=kind) for kind in ("temperature", "none")}
+    heat = heads["temperature"].metrics["calibration"]["temperature"]
+    assert abs(heat - 1) > 0.01
+    cooled, plain = (load_file(heads[kind].folder / "model.safetensors") for kind in ("temperature", "none"))
+    last = max(name for name in plain if name.startswith("head.layers.")).rpartition(".")[0]
+    for name, tensor in plain.items():
+        divided = tensor / heat if name.startswith(last) else tensor
+        torch.testing.assert_close(cooled[name], divided, msg=name)
+    for kind in heads:
+        said, rows = predict.load(heads[kind].folder, **EXACT), predictions(heads[kind].folder)[1]
+        shares = said.predict_proba([row["text"] for row in rows])
+        told = [[float(row[f"p_{name}"]) for name in said.names] for row in rows]
+        np.testing.assert_allclose(shares, told, atol=1e-4)
+
+
+def test_the_articles_recipe_is_left_as_it_is(train: Callable[..., Run]) -> None:
+    done = train(recipe="article", epochs=1)
+    assert done.metrics["calibration"]["method"] == "none"
+    assert done.metrics["calibration"]["temperature"] == 1.0
+    assert done.metrics["learning_curve"] == []
+
+
+def test_the_learning_curve_ends_in_the_head_itself(done: Run) -> None:
+    curve = done.metrics["learning_curve"]
+    assert [point["texts"] for point in curve][-1] == done.info["split"]["train"]
+    assert [point["texts"] for point in curve] == sorted(point["texts"] for point in curve)
+    assert curve[-1]["validation_accuracy"] == done.metrics["stages"][0]["validation_accuracy"]
+
+
+def test_neighbours_are_training_texts_while_the_table_is_as_it_was(train: Callable[..., Run]) -> None:
+    done = train()
+    splits, _ = run.read(config.settings(done.info["settings"]["data"]))
+    text = splits.train.texts[3]
+    found = run.neighbours(done.folder, text)
+    assert found[0].text == text
+    assert found[0].similarity == pytest.approx(1, abs=2e-3)
+    assert len(found) == 5
+    labels = dict(zip(splits.train.texts, (splits.train.names[i] for i in splits.train.labels), strict=True))
+    assert all(labels[one.text] == one.label for one in found)
+    table = Path(done.info["settings"]["data"])
+    table.write_text(table.read_text() + "one more,0\n")
+    with pytest.raises(InputError, match="has changed since"):
+        run.neighbours(done.folder, text)
+    table.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        run.neighbours(done.folder, text)
+
+
 def test_the_baselines_are_of_the_same_split(done: Run) -> None:
     splits, _ = run.read(config.settings(done.info["settings"]["data"], **QUICK))
-    expected = metrics.baselines(splits.train.texts, splits.train.labels, splits.test.texts, splits.test.labels)
+    said = metrics.baselines(splits.train.texts, splits.train.labels, splits.test.texts)
+    expected = {name: metrics.scores(one, splits.test.labels) for name, one in said.items()}
     assert done.metrics["baselines"] == expected
     _, rows = predictions(done.folder)
     assert expected["majority"]["accuracy"] == pytest.approx(np.mean([row["label"] == "a" for row in rows]))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headstart.config import ClassWeight, Device, HeadKind, Precision, Recipe, from_file, settings
+from headstart.config import Calibration, ClassWeight, Device, HeadKind, Precision, Recipe, from_file, settings
 from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, count_of, disk_errno, printable
 
 # Each long option may be written with underscores, as Hugging Face's scripts do.
@@ -53,6 +53,7 @@ def train(
     time_budget: Annotated[Words, opt("--time-budget 10m", "What --thaw auto may spend on it: 90s, 10m, 1h.")] = None,
     dry_run: Annotated[Flag, opt("--dry-run", "Say what each depth would cost, and stop.")] = None,
     no_store: Annotated[bool, opt("--no-store", "Do not keep the frozen layers' hidden states.")] = False,
+    calibration: Annotated[Calibration | None, opt("--calibration", "Of confidence, on validation data.")] = None,
     head: Annotated[HeadKind | None, opt("--head", "pooled, or the architecture's own.")] = None,
     trials: Annotated[Whole, opt("--trials N", "Heads that optuna tries, on stored features.")] = None,
     folds: Annotated[Whole, opt("--folds K", "Cross-validate, then train the head on all but test.")] = None,
@@ -125,6 +126,7 @@ def predict_command(
     source: Annotated[Words, opt("--input FILE|-", "A table, or - for a text a line on stdin.")] = None,
     output: Annotated[Words, opt("--output FILE|-", "Where the table goes; - is stdout, as CSV.")] = None,
     text: TextOption = None,
+    min_confidence: Annotated[float | None, opt("--min-confidence P", "Answer `abstain` below it.")] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
@@ -137,7 +139,9 @@ def predict_command(
         raise InputError("--output goes with --input FILE; labels of single texts are printed.")
     from headstart import predict
 
-    predictor = predict.load(folder, device=device, precision=precision)
+    predictor = predict.load(folder, device=device, precision=precision, min_confidence=min_confidence)
+    if min_confidence is not None and (held := predict.answered_in_test(Path(folder), min_confidence)) is not None:
+        note(f"At least {min_confidence} sure: {held[0]:.0%} of the test texts, {held[1]:.3f} of those right.")
     cut = 0
     if source is not None and source != "-":
         rows, blank, cut = predict.predict_file(predictor, source, output or "-", text)
@@ -151,6 +155,72 @@ def predict_command(
             cut += answer.cut
     if cut:
         note(f"{cut:,} texts were cut to max_length ({predictor.classifier.max_length} tokens): the ends went unread.")
+
+
+@app.command()
+def audit(
+    data: DataArgument,
+    validation: Annotated[
+        Words, opt("--validation --validation-file FILE", "A table that should share no text with DATA.")
+    ] = None,
+    test: Annotated[Words, opt("--test --test-file FILE", "Another one.")] = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
+    seed: Annotated[Whole, opt("--seed N", "Decides the folds (2021).")] = None,
+    out: Annotated[Words, opt("--out FILE", "All rows with what was found, worst first (NAME-audit.csv).")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """What is wrong with DATA before training: its rows' problems, and labels that a classifier contradicts."""
+    given: dict[str, Any] = {
+        "model": model,
+        "validation": validation,
+        "test": test,
+        "text": text,
+        "label": label,
+        "seed": seed,
+    }
+    chosen = settings(data, thaw="0", device=device, precision=precision, **given)
+    from headstart import audit, report, run
+
+    path = Path(out or f"{run.default_name(data)}-audit.csv")
+    found = audit.audit(chosen, path)
+    say(report.audit_text(found, data, path))
+
+
+@app.command()
+def explain(
+    folder: RunArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text whose label is to be explained.")],
+    as_json: Annotated[bool, opt("--json", "Print JSON.")] = False,
+    as_html: Annotated[bool, opt("--html", "Print a page with the words coloured.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Which words of TEXT pushed its label, by integrated gradients, and the training texts nearest to it."""
+    if as_json and as_html:
+        raise InputError("--json and --html: give one of them.")
+    import json
+
+    from rich.console import Console
+
+    from headstart import predict, report, run
+    from headstart.explain import explain
+
+    found = explain(predict.load(folder, device=device, precision="fp32").classifier, text)
+    try:
+        near = run.neighbours(Path(folder), text)
+    except InputError as error:
+        near = []
+        note(f"The nearest training texts are not shown. {error}")
+    if as_json:
+        typer.echo(json.dumps(report.explanation_fields(found, near), ensure_ascii=False, indent=2))
+    elif as_html:
+        typer.echo(report.explanation_page(found, near))
+    else:
+        if sys.stdout.isatty():
+            Console().print(report.coloured_words(found))
+        say(report.explanation_text(found, near))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from headstart.errors import InputError
 
 Recipe = Literal["headstart", "article"]
 HeadKind = Literal["auto", "native", "pooled"]
+Calibration = Literal["temperature", "none"]
 ClassWeight = Literal["balanced", "none"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -59,6 +60,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # Largest gradient norm.
     max_length: int | None = None  # Tokens kept of a text, special ones too; None: from the training texts' lengths.
     class_weight: ClassWeight = "balanced"  # `balanced`: each class counts alike in the loss; `none`: each text does.
+    calibration: Calibration = "temperature"  # Divides logits by what validation data says, in the head's last layer.
     seed: int = 2021  # Decides the split, the first weights and the order of batches.
     device: Device = "auto"  # Where tensors live.
     precision: Precision = "auto"  # Number format of the frozen encoder.
@@ -111,6 +113,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults a
         "batch_size": 32,
         "lr": 1e-5,
         "weight_decay": 0.01,  # AdamW's own default
+        "calibration": "none",
     },
 }
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from headstart.config import MIN_ROWS
 from headstart.errors import DataError, count_of
-from headstart.tables import is_delimited, name_rows, read_columns, resolve_path
+from headstart.tables import from_spreadsheets, is_delimited, name_rows, read_columns, resolve_path
 
 Indexes = NDArray[np.int64]
 Namings = Sequence[Sequence[str]]  # ways to name the same labels, each in label order
@@ -54,7 +54,7 @@ def label_texts(column: pl.Series, known: Sequence[str] = ()) -> list[str]:
     Numbers lose `.0` and leading zeros where all labels are whole numbers, or, given `known` labels, if known only so.
     """
     column = column.fill_nan(None) if column.dtype.is_float() else column
-    written = column.cast(pl.String).str.strip_chars().fill_null("").to_list()
+    written = from_spreadsheets(column.cast(pl.String)).str.strip_chars().fill_null("").to_list()
     present = set(written) - {""}
     plain = {label: str(int(label.split(".")[0])) for label in present if re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", label)}
     if known:
@@ -89,7 +89,7 @@ def load(
     """
     path = resolve_path(source)
     table, columns = read_columns(path, text=text, label=label)
-    texts = table[columns[0]].cast(pl.String).fill_null("").to_list()
+    texts = from_spreadsheets(table[columns[0]].cast(pl.String)).fill_null("").to_list()
     readings = [label_texts(table[columns[1]], names) for names in known or [()]]
     rows = np.arange(len(texts)) + (2 if is_delimited(path) else 1)  # as a spreadsheet counts: the header is row 1
     no_text = np.array([not one.strip() for one in texts])

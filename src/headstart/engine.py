@@ -249,9 +249,19 @@ class PooledScorer:
         self.device = device
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(batch, labels) fp32 logits."""
-        stored = self.engine(ids, mask, ["cls" if name == "pooler" else name for name in self.features])
-        inputs = stored.clamp(-65504, 65504).half().float()
+        """(batch, labels) fp32 logits of token ids."""
+        return self.onward(self.embedded(ids), mask)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """What the first layer takes, (batch, length, hidden)."""
+        return self.engine.embedded(ids)
+
+    def onward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(batch, labels) fp32 logits of what the first layer takes."""
+        stored = self.engine.vectors(states, mask, ["cls" if name == "pooler" else name for name in self.features])
+        inputs = stored.detach().clamp(-65504, 65504).half().float()
+        if stored.requires_grad:  # which half precision would round to infinity
+            inputs = stored + (inputs - stored).detach()
         if "pooler" in self.features:
             place = self.features.index("pooler")
             inputs[:, place] = pooled_output(self.pooler, inputs[:, place])
@@ -270,7 +280,11 @@ class NativeScorer:
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits of token ids."""
-        return self.onward(self.engine.embedded(ids), mask)
+        return self.onward(self.embedded(ids), mask)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """What the first layer takes, (batch, length, hidden)."""
+        return self.engine.embedded(ids)
 
     def onward(self, states: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits of what the layers from `start` on take."""

@@ -218,6 +218,14 @@ class ThawedModel(nn.Module):
         return self.model.cpu().eval()
 
 
+def cool(model: nn.Module, labels: int, temperature: float) -> None:
+    """Divide the logits of a head, or of a model with one, by `temperature`, in its last layer's weights."""
+    last = [one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == labels][-1]
+    with torch.no_grad():
+        for weights in last.parameters():
+            weights /= temperature
+
+
 def native_feature(encoder: Encoder) -> str:
     """Which stored feature the architecture's own head reads."""
     mean = getattr(encoder.config, "classifier_pooling", "cls") == "mean"
@@ -234,7 +242,7 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
 class Classifier:
     """A trained classifier, as a run folder holds it; `info` is headstart.json, empty if headstart did not train it."""
 
-    model: Any
+    model: "PooledScorer | NativeScorer | LibraryScorer"
     tokenizer: Tokenizer
     names: tuple[str, ...]  # in label order
     max_length: int  # what a text is cut to, in tokens
@@ -244,8 +252,26 @@ class Classifier:
         """(batch, labels) fp32 logits of padded token ids."""
         where = self.model.device
         with torch.inference_mode():
-            found = self.model(torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where))
-        return (found if isinstance(found, torch.Tensor) else found.logits).float().cpu()
+            return self.model(torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where)).float().cpu()
+
+
+class LibraryScorer:
+    """A transformers classifier with the faces of the engine's scorers."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, model.device
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, labels) logits of token ids."""
+        return self.model(input_ids=ids, attention_mask=mask).logits
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """The word embeddings of token ids, (batch, length, width)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def onward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, labels) logits of word embeddings."""
+        return self.model(inputs_embeds=states, attention_mask=mask).logits
 
 
 def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> None:
@@ -291,7 +317,7 @@ def _load_plain(folder: Path, config: dict[str, Any], placement: Placement) -> P
     return None
 
 
-def _load_transformers(folder: Path, config: dict[str, Any], placement: Placement) -> Any:
+def _load_transformers(folder: Path, config: dict[str, Any], placement: Placement) -> LibraryScorer:
     """A transformers model; of ours the head stays fp32."""
     from transformers import AutoModelForSequenceClassification
 
@@ -307,7 +333,7 @@ def _load_transformers(folder: Path, config: dict[str, Any], placement: Placemen
         raise ValueError(f"model.safetensors lacks {len(missing)} weights, such as {missing[0]}")
     model.to(placement.device)
     (model.encoder if pooled else model).to(placement.dtype)
-    return model.eval()
+    return LibraryScorer(model.eval())
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -29,7 +29,10 @@ def pool(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor, layout: Sequ
         else torch.matmul(weights, hidden_states[int(name.removeprefix("mean-"))]).squeeze(1).float() / count
         for name in layout
     ]
-    return torch.stack(vectors, dim=1).clamp(-65504, 65504).half().float()
+    exact = torch.stack(vectors, dim=1)
+    rounded = exact.detach().clamp(-65504, 65504).half().float()
+    # A gradient passes by: half precision would round it to infinity.
+    return exact + (rounded - exact).detach() if exact.requires_grad else rounded
 
 
 def pooler_output(body: Any, cls: torch.Tensor) -> torch.Tensor:
@@ -73,13 +76,21 @@ class HeadstartForSequenceClassification(PreTrainedModel):
         """Keep what the encoder and torch initialised; weights come from a checkpoint or from training."""
 
     def forward(
-        self, input_ids: MaybeTensor = None, attention_mask: MaybeTensor = None, labels: MaybeTensor = None, **_: Any
+        self,
+        input_ids: MaybeTensor = None,
+        attention_mask: MaybeTensor = None,
+        labels: MaybeTensor = None,
+        inputs_embeds: MaybeTensor = None,
+        **_: Any,
     ) -> SequenceClassifierOutput:
-        """Token ids (batch, length) and their mask to logits (batch, labels), and a loss where labels are given."""
-        if input_ids is None:
+        """Token ids (batch, length), or their embeddings, and a mask to (batch, labels) logits; with labels, a loss."""
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if given is None:
             raise ValueError("input_ids are needed.")
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        attention_mask = torch.ones_like(given) if attention_mask is None else attention_mask
+        output = self.encoder(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, output_hidden_states=True
+        )
         states, names = output.hidden_states, self.config.head_features
         pooled = pool(states, attention_mask, ["cls" if name == "pooler" else name for name in names])
         parts = list(pooled.unbind(dim=1))

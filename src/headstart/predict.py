@@ -20,7 +20,7 @@ from polars.io.plugins import register_io_source
 from headstart.config import Device, Precision
 from headstart.encoder import choose_placement
 from headstart.engine import side_by_side
-from headstart.errors import DataError, disk_errors
+from headstart.errors import DataError, InputError, disk_errors
 from headstart.folders import whole_file
 from headstart.model import Classifier, load_run
 from headstart.progress import bar
@@ -28,6 +28,7 @@ from headstart.tables import file_format, find_column, parsing, resolve_path, sc
 from headstart.tokens import like_length_batches
 
 CHUNK_ROWS = 2048
+ABSTAIN = "abstain"  # the answer where confidence is under the least asked for
 SMALLEST_CHUNK = 64  # fewer texts than this are not worth another thread
 MOST_REMEMBERED = 50_000  # answers kept, some 300 bytes each, so that a text that comes again is not scored again
 READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIMIT": "1"}
@@ -49,13 +50,21 @@ class Scores(NamedTuple):
 class Predictor:
     """A trained classifier, ready to score texts."""
 
-    def __init__(self, classifier: Classifier) -> None:
-        self.classifier, self.names = classifier, classifier.names
+    def __init__(self, classifier: Classifier, min_confidence: float = 0.0) -> None:
+        self.classifier, self.names, self.min_confidence = classifier, classifier.names, min_confidence
+        if min_confidence and ABSTAIN in self.names:
+            raise InputError(f"--min-confidence answers {ABSTAIN!r}, and that is one of the labels.")
         self.remembered: dict[bytes, tuple[NDArray[np.float64], bool]] = {}
 
     def predict(self, texts: Sequence[str]) -> list[str]:
-        """The likeliest label of each text."""
-        return [self.names[i] for i in self.predict_proba(texts).argmax(axis=1)]
+        """The likeliest label of each text, or `abstain` below `min_confidence`."""
+        return self.columns(self.predict_proba(texts))["prediction"].to_list()
+
+    def columns(self, probabilities: NDArray[np.float64]) -> dict[str, pl.Series]:
+        """`answer_columns`, with `abstain` for a label below `min_confidence`."""
+        columns = answer_columns(probabilities, self.names)
+        sure = columns["confidence"] >= self.min_confidence
+        return {**columns, "prediction": columns["prediction"].zip_with(sure, pl.Series([ABSTAIN]))}
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(n, labels) probabilities, columns in label order."""
@@ -91,9 +100,24 @@ class Predictor:
         return {key: answer for (key, _), answer in zip(fresh, answers, strict=True)}
 
 
-def load(run: str | Path, *, device: Device = "auto", precision: Precision = "auto") -> Predictor:
+def load(
+    run: str | Path, *, device: Device = "auto", precision: Precision = "auto", min_confidence: float | None = None
+) -> Predictor:
     """Load a run folder to predict with; a `RunError` if it is none, or a file in it is missing or damaged."""
-    return Predictor(load_run(run, choose_placement(device, precision)))
+    if min_confidence is not None and not 0 <= min_confidence <= 1:
+        raise InputError(f"--min-confidence takes a number from 0 to 1, and {min_confidence} was given.")
+    return Predictor(load_run(run, choose_placement(device, precision)), min_confidence or 0.0)
+
+
+def answered_in_test(run: Path, min_confidence: float) -> tuple[float, float] | None:
+    """The share of its test texts that a run answers at that confidence, and of those rightly; None without any."""
+    path = run / "predictions.csv"
+    if not path.is_file():
+        return None
+    rows = pl.read_csv(path, infer_schema=False)
+    answered = rows.filter(pl.col("confidence").cast(pl.Float64) >= min_confidence)
+    right = (answered["label"] == answered["prediction"]).mean()
+    return (answered.height / rows.height, float(right)) if isinstance(right, float) else None
 
 
 class FileSummary(NamedTuple):
@@ -135,7 +159,7 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
         kept = {i: place for place, i in enumerate(i for i, text in enumerate(texts) if text and text.strip())}
         scores = predictor.score([texts[i] for i in kept])
         rows = pl.Series([kept.get(i) for i in range(len(texts))], dtype=pl.UInt32)
-        added = pl.DataFrame(answer_columns(scores.probabilities, predictor.names)).select(pl.all().gather(rows))
+        added = pl.DataFrame(predictor.columns(scores.probabilities)).select(pl.all().gather(rows))
         counts = Counter(rows=len(texts), blank=len(texts) - len(kept), cut=int(scores.cut.sum()))
         return part.with_columns(added.get_columns()), counts
 
@@ -201,5 +225,5 @@ def label_lines(predictor: Predictor, lines: Iterable[str], at_once: int = 1) ->
     texts = (text for line in lines if (text := line.strip()))
     while chunk := list(itertools.islice(texts, at_once)):
         scores = predictor.score(chunk)
-        said = answer_columns(scores.probabilities, predictor.names)
+        said = predictor.columns(scores.probabilities)
         yield from map(Answer, chunk, said["prediction"], said["confidence"], scores.cut.tolist())

@@ -8,7 +8,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,30 @@ from numpy.typing import NDArray
 
 from headstart import data, metrics, report, tables
 from headstart.checkpoints import PLAN, Checkpoints, check_out, is_unfinished
-from headstart.config import PLACES, HeadKind, TrainConfig
+from headstart.config import PLACES, HeadKind, TrainConfig, from_file, settings
 from headstart.data import Dataset, Splits
-from headstart.encoder import Encoder, choose_placement, length_limit, load_config, load_encoder, load_tokenizer, locate
+from headstart.encoder import (
+    Encoder,
+    Placement,
+    choose_placement,
+    encode,
+    length_limit,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+    locate,
+)
 from headstart.errors import DataError, InputError, StoppedEarlyError, disk_errors
+from headstart.explain import Neighbour, explain, nearest
 from headstart.features import Features, frozen_features
 from headstart.folders import new_folder, whole_file
-from headstart.model import Depth, check_depth, read_json, save_model
-from headstart.predict import Predictor, probabilities_of
+from headstart.judge import judge
+from headstart.model import Depth, check_depth, cool, load_run, read_json, save_model
+from headstart.predict import Predictor
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
 from headstart.tokens import LengthAdvice, Tokens, advise_length
 from headstart.train import History
-from headstart.trials import Task, TrainedHead, in_folds, refit, train_head
+from headstart.trials import Task, TrainedHead, in_folds, learning_curve, refit, train_head
 
 LEFT = "Ctrl-C: the checkpoints in {} are left as they are; --resume goes on from the newest."
 PARTS = ("train", "validation", "test")  # as `Splits` has them
@@ -75,6 +87,7 @@ class Prepared:
     tokens: Tokens
     features: Features
     index: list[NDArray[np.int64]]
+    advice: LengthAdvice
     max_length: int
     max_length_reason: str
 
@@ -87,8 +100,8 @@ class Prepared:
     def fine_tuning(self, config: TrainConfig, probe: TrainedHead | None = None) -> FineTuning:
         """The task of fine-tuning, which starts from the architecture's own head trained on stored features."""
         if probe is None or probe.spec is not None:
-            settings = replace(head_settings(config), head="native", trials=None, recipe="headstart")
-            probe = train_head(self.task(settings))
+            plain = replace(head_settings(config), head="native", trials=None, recipe="headstart")
+            probe = train_head(self.task(plain))
         if probe.history.interrupted:
             raise KeyboardInterrupt
         train, validation = self.splits.train, self.splits.validation
@@ -122,7 +135,25 @@ def prepare(config: TrainConfig, seconds: dict[str, float]) -> Prepared:
     with measured(seconds, "encode"):
         features = frozen_features(encoder, cut)
     index = np.split(np.arange(len(tokens)), np.cumsum([len(part) for part in parts])[:-1])
-    return Prepared(splits, raw_labels, encoder, cut, features, index, max_length, why)
+    return Prepared(splits, raw_labels, encoder, cut, features, index, advice, max_length, why)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What training came to: the model kept, its module whose last layer makes logits, and what it says of held texts.
+
+    `stages` are the histories by name, `plan` what was decided of thawing, `folds` what cross-validation found.
+    """
+
+    model: TrainedHead | Thawed
+    module: torch.nn.Module
+    validation_logits: torch.Tensor
+    test_logits: torch.Tensor
+    stages: dict[str, History]
+    plan: Json
+    folds: Json | None
+    interrupted: bool
+    learning_curve: list[Json]
 
 
 def train(config: TrainConfig, started: float | None = None, announce: Announce = lambda _: None) -> Run:
@@ -136,60 +167,85 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     out = out_folder(config)
     check_out(out, overwrite=config.overwrite, resume=config.resume)
     ready = prepare(config, seconds)
-    splits, test, names = ready.splits, ready.splits.test, ready.splits.train.names
+    splits, names = ready.splits, ready.splits.train.names
     with measured(seconds, "train"):
-        task = ready.task(head_settings(config))
-        chosen = train_head(task)
-        plan: Json = {}
-        head, cross, fine, interrupted = chosen, None, None, chosen.history.interrupted
-        if interrupted and config.resume and is_unfinished(out):
-            raise StoppedEarlyError(LEFT.format(out))
-        if config.folds is not None and not interrupted:
-            head, cross = train_on_all(task, chosen, splits, ready.features)
-        if config.thaw != "0" and not interrupted:
-            fine, plan = thaw_after(ready, chosen, config, out, announce)
-            interrupted = fine.history.interrupted if fine is not None else "interrupted" in plan
+        learnt = learn(ready, config, out, announce)
     with measured(seconds, "evaluate"):
-        logits = [chosen.logits(ready.features.take(ready.index[1])), head.logits(ready.features.take(ready.index[2]))]
-        stages = [stage_record("head", chosen.history)]
-        final: TrainedHead | Thawed = head
-        if fine is not None:
-            stages.append(stage_record(f"thaw-{fine.depth}", fine.history))
-            if plan["kept"] != "0":
-                final, logits = fine, [fine.validation_logits, fine.test_logits]
-        # A head trained on all but test is validated by the one that has not seen the validation part.
-        held, probabilities = map(probabilities_of, logits)
-        numbers = {
-            "test": metrics.evaluate(probabilities, test.labels, names),
-            "validation": metrics.evaluate(held, splits.validation.labels, names),
-            "baselines": metrics.baselines(splits.train.texts, splits.train.labels, test.texts, test.labels),
-            "stages": stages,
-        }
-        if cross is not None:
-            numbers["folds"] = cross
-        text = metrics.report_text(probabilities, test.labels, names)
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    info: Json = {"headstart": importlib.metadata.version("headstart"), "created": created, "out": str(out)}
-    info |= {"settings": asdict(config), "names": list(names), "labels": list(ready.raw_labels)}
+        judged = judge(splits, learnt.validation_logits, learnt.test_logits, config.calibration)
+        cool(learnt.module, len(names), judged.temperature)
+        text = metrics.report_text(judged.probabilities, splits.test.labels, names)
+    stages = [stage_record(name, history) for name, history in learnt.stages.items()]
+    numbers = {**judged.numbers, "stages": stages, "learning_curve": learnt.learning_curve}
+    numbers |= {"features": ready.features.cost()} | ({"folds": learnt.folds} if learnt.folds is not None else {})
+    info = record(ready, config, learnt, out)
+    curves = {name: [asdict(epoch) for epoch in history.epochs] for name, history in learnt.stages.items()}
+    figures = {**judged.figures, "curves": curves, "lengths": report.length_bins(ready.advice.lengths)}
+    counts = np.bincount(splits.train.labels, minlength=len(names)).tolist()
+    figures["balance"] = [{"name": name, "texts": count} for name, count in zip(names, counts, strict=True)]
+    with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
+        save_model(folder, learnt.model.whole(names), ready.encoder, ready.max_length)
+        report.write_predictions(folder / "predictions.csv", splits.test, judged.probabilities)
+        figures["mistakes"] = coloured(folder, figures["mistakes"], ready.encoder.placement)
+        total = {**seconds, "total": time.time() - started}
+        numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
+        report.write_json(folder / "metrics.json", numbers)
+        report.write_json(folder / "headstart.json", info)
+        (folder / "README.md").write_text(report.model_card(info, numbers, text), encoding="utf-8")
+        (folder / "report.html").write_text(report.page(info, numbers, text, figures), encoding="utf-8")
+        if config.keep_checkpoints:
+            for place in out.glob("checkpoint-*/"):
+                shutil.copytree(place, folder / place.name)
+    return Run(out, numbers, info, text, (*splits.notices, *ready.features.warnings), learnt.interrupted)
+
+
+def learn(ready: Prepared, config: TrainConfig, out: Path, announce: Announce) -> Learnt:
+    """Train the head, on all folds where asked for, and fine-tune; keep what is better on validation data."""
+    task = ready.task(head_settings(config))
+    chosen = train_head(task)
+    if chosen.history.interrupted and config.resume and is_unfinished(out):
+        raise StoppedEarlyError(LEFT.format(out))
+    head, cross, fine, interrupted = chosen, None, None, chosen.history.interrupted
+    plan: Json = {}
+    if config.folds is not None and not interrupted:
+        head, cross = train_on_all(task, chosen, ready.splits, ready.features)
+    if config.thaw != "0" and not interrupted:
+        fine, plan = thaw_after(ready, chosen, config, out, announce)
+        interrupted = fine.history.interrupted if fine is not None else "interrupted" in plan
+    curve: list[Json] = []
+    if config.recipe != "article" and not interrupted:
+        with contextlib.suppress(KeyboardInterrupt):  # all that matters has been learnt
+            curve = learning_curve(task, chosen)
+    stages = {"head": chosen.history} | ({f"thaw-{fine.depth}": fine.history} if fine is not None else {})
+    if fine is not None and plan["kept"] != "0":
+        held, tested = fine.validation_logits, fine.test_logits
+        return Learnt(fine, fine.model, held, tested, stages, plan, cross, interrupted, curve)
+    # A head trained on all but test is validated by the one that has not seen the validation part.
+    held, tested = chosen.logits(ready.features.take(ready.index[1])), head.logits(ready.features.take(ready.index[2]))
+    return Learnt(head, head.head, held, tested, stages, plan, cross, interrupted, curve)
+
+
+def record(ready: Prepared, config: TrainConfig, learnt: Learnt, out: Path) -> Json:
+    """The content of headstart.json, but for the timing."""
+    splits, names = ready.splits, ready.splits.train.names
+    info: Json = {"headstart": importlib.metadata.version("headstart"), "out": str(out)}
+    info |= {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "settings": asdict(config)}
+    info |= {"names": list(names), "labels": list(ready.raw_labels)}
     info |= {"columns": list(splits.train.columns), "data": data_fingerprint(splits)}
     info |= {"split": dict(zip(PARTS, map(len, splits[:3]), strict=True)), "notices": list(splits.notices)}
     info |= {"max_length": ready.max_length, "max_length_reason": ready.max_length_reason}
     info |= {"placement": ready.encoder.placement.reason, "encoder_fingerprint": ready.encoder.fingerprint}
-    info |= {"head": final.description(), "history": [asdict(epoch) for epoch in final.history.epochs]}
-    info |= {"thaw": {"kept": "0", **plan}, "interrupted": interrupted, "seed": config.seed, "versions": versions()}
-    with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
-        save_model(folder, final.whole(names), ready.encoder, ready.max_length)
-        report.write_predictions(folder / "predictions.csv", test.texts, test.labels, probabilities, names)
-        total = {**seconds, "total": time.time() - started}
-        numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
-        numbers["features"] = ready.features.cost()
-        report.write_json(folder / "metrics.json", numbers)
-        report.write_json(folder / "headstart.json", info)
-        (folder / "README.md").write_text(report.model_card(info, numbers, text), encoding="utf-8")
-        if config.keep_checkpoints:
-            for place in out.glob("checkpoint-*/"):
-                shutil.copytree(place, folder / place.name)
-    return Run(out, numbers, info, text, (*splits.notices, *ready.features.warnings), interrupted)
+    history = learnt.model.history
+    info |= {"head": learnt.model.description(), "history": [asdict(epoch) for epoch in history.epochs]}
+    info |= {"thaw": {"kept": "0", **learnt.plan}, "interrupted": learnt.interrupted}
+    return {**info, "seed": config.seed, "versions": versions()}
+
+
+def coloured(folder: Path, mistakes: Sequence[Json], placement: Placement) -> list[Json]:
+    """Mistakes with the words that pushed each, as the model in `folder` has it."""
+    if not mistakes:
+        return []
+    classifier = load_run(folder, replace(placement, precision="fp32"))
+    return [{**one, "words": explain(classifier, one["text"], "gradient x input").words} for one in mistakes]
 
 
 def thaw_after(
@@ -263,8 +319,8 @@ def quality(history: History) -> tuple[float, float]:
 def run_key(ready: Prepared, config: TrainConfig) -> str:
     """A sha256 of everything that decides the result of fine-tuning."""
     aside = (*PLACES, "time_budget", "checkpoint_minutes", "keep_checkpoints")
-    settings = {name: value for name, value in asdict(config).items() if name not in aside}
-    parts = [settings, data_fingerprint(ready.splits), ready.encoder.fingerprint, versions(), torch.get_num_threads()]
+    decisive = {name: value for name, value in asdict(config).items() if name not in aside}
+    parts = [decisive, data_fingerprint(ready.splits), ready.encoder.fingerprint, versions(), torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -380,6 +436,20 @@ def evaluate(predictor: Predictor, source: str, text: str | None = None, label: 
         notices.append(f"{cut:,} of {len(table):,} texts were cut to {predictor.classifier.max_length} tokens.")
     numbers = metrics.evaluate(scores.probabilities, table.labels, names)
     return Evaluation(numbers, metrics.report_text(scores.probabilities, table.labels, names), tuple(notices))
+
+
+def neighbours(folder: Path, text: str) -> list[Neighbour]:
+    """The training texts of a run that are most like a text; an `InputError` if its table is gone or has changed."""
+    info = read_json(folder, "headstart.json")
+    config = settings(info["settings"]["data"], **from_file(str(folder / "headstart.json")))
+    ready = prepare(config, dict.fromkeys(("read", "tokenize", "encode"), 0.0))
+    if data_fingerprint(ready.splits) != info["data"]:
+        raise InputError(f"{config.data}: has changed since {folder} was trained.")
+    encoder, train = ready.encoder, ready.splits.train
+    tokens = encoder.tokenizer.truncate(encoder.tokenizer([text]), ready.max_length)
+    ((_, vectors),) = encode(encoder, tokens, ready.features.layout)
+    wanted = replace(ready.features, distinct=vectors, rows=np.zeros(1, np.int64))
+    return nearest(ready.features.take(ready.index[0]), train.texts, [train.names[i] for i in train.labels], wanted)
 
 
 def lengths(source: str, model: str, text: str | None = None) -> LengthAdvice:

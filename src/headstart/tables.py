@@ -255,3 +255,15 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
     if problems:
         raise DataError(problems)
     return table, tuple(found)
+
+
+def for_spreadsheets(frame: pl.DataFrame) -> pl.DataFrame:
+    """A frame to write as CSV, with an apostrophe before what a spreadsheet would compute (CSV injection, OWASP)."""
+    text = pl.selectors.string()
+    number = text.str.contains(r"^[+-]?[\d.,]+$")
+    return frame.with_columns(pl.when(number).then(text).otherwise(text.str.replace(r"^([=+\-@\t\r])", "'$1")))
+
+
+def from_spreadsheets(column: pl.Series) -> pl.Series:
+    """A column of texts without the apostrophes that `for_spreadsheets` adds."""
+    return column.str.replace(r"^'([=+\-@\t\r])", "$1")

@@ -63,6 +63,8 @@ class Tokenizer:
         self.fast, self.pad_id = fast, pad_id
         probe = fast.encode("a")
         content = (i for i, special in enumerate(probe.special_tokens_mask) if not special)
+        masks = (fast.token_to_id(name) for name in ("[MASK]", "<mask>"))
+        self.mask_id: int = next((one for one in masks if one is not None), pad_id)  # stands for any word
         self.suffix = np.array(probe.ids[max(content, default=len(probe.ids) - 2) + 1 :], dtype=np.int32)
 
     @classmethod

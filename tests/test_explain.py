@@ -1,0 +1,172 @@
+"""Words and their scores: they add up, are those of the text, and follow what the model does; neighbours by cosine."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headstart import config, predict
+from headstart.encoder import choose_placement
+from headstart.errors import InputError
+from headstart.explain import WORDS, explain, nearest
+from headstart.features import Features
+from headstart.model import Classifier, LibraryScorer, load_run
+from headstart.run import train
+
+FP32 = choose_placement("cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_run: Path) -> Classifier:
+    return load_run(tiny_run, FP32)
+
+
+def learn(model: Path, table: Path, out: Path, **settings: object) -> Classifier:
+    given = {"thaw": "0", "epochs": 30, "lr": 1e-2, "precision": "fp32", **settings}
+    train(config.settings(str(table), model=str(model), out=str(out), **given))  # type: ignore[arg-type]
+    return load_run(out, FP32)
+
+
+# --- the scores
+
+
+def test_scores_add_up_to_the_change_in_log_odds(classifier: Classifier) -> None:
+    text = "the film was superb, and the soup was lovely"
+    got = explain(classifier, text)
+    tokenizer, scorer = classifier.tokenizer, classifier.model
+    ids = torch.from_numpy(tokenizer([text])[0][None].astype(np.int64))
+    masked = ids.clone()
+    masked[:, 1:-1] = tokenizer.fast.token_to_id("[MASK]")
+    with torch.no_grad():
+        odds = [
+            float(logits[0] - logits[1]) for logits in (scorer(one, torch.ones_like(one))[0] for one in (ids, masked))
+        ]
+    change = (odds[0] - odds[1]) * (1 if got.label == "0" else -1)
+    total = sum(word.score or 0.0 for word in got.words)
+    assert abs(change) > 10 * got.completeness_error
+    assert total == pytest.approx(change, abs=got.completeness_error + 1e-4)
+    assert got.completeness_error == pytest.approx(abs(change - total), abs=1e-4)
+    assert got.confidence == pytest.approx(predict.Predictor(classifier).predict_proba([text]).max(), abs=1e-5)
+
+
+def test_words_that_a_model_does_not_tell_apart_have_no_say(tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    found = learn(tiny_bert, small_table, tmp_path / "run")
+    got = explain(found, "the film was superb")
+    scores = {word.word: word.score or 0.0 for word in got.words}
+    assert max(scores, key=lambda word: abs(scores[word])) == "superb", "the one word that decides in this table"
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "electra", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert"]
+)
+@pytest.mark.parametrize("head", ["native", "pooled"])
+def test_every_family_explains_itself(
+    family: str, head: str, tiny_models: Callable[[str], Path], small_table: Path, tmp_path: Path
+) -> None:
+    found = learn(tiny_models(family), small_table, tmp_path / "run", head=head, epochs=2, head_width=0)
+    got = explain(found, "the waiter was rude, the room lovely")
+    assert [word.word for word in got.words] == ["the", "waiter", "was", "rude,", "the", "room", "lovely"]
+    scores = np.array([word.score for word in got.words], dtype=float)
+    assert np.isfinite(scores).all()
+    assert np.abs(scores).max() > 0
+    assert got.completeness_error <= 0.05 * max(1.0, abs(scores).sum())
+    assert isinstance(found.model, LibraryScorer) == (family in ("albert", "mpnet", "deberta-v2", "modernbert"))
+
+
+def test_features_far_beyond_half_precision_have_gradients_too(classifier: Classifier) -> None:
+    scorer = classifier.model
+    steep = {name: one.clone() for name, one in scorer.head.state_dict().items()}  # type: ignore[union-attr]
+    try:
+        scorer.head.scale.mul_(1e6)  # type: ignore[union-attr]
+        got = explain(classifier, "the film was superb")
+    finally:
+        scorer.head.load_state_dict(steep)  # type: ignore[union-attr]
+    assert all(word.score is not None and np.isfinite(word.score) for word in got.words)
+
+
+def test_other_weights_give_another_explanation(classifier: Classifier) -> None:
+    text = "the film was superb and the hotel was lovely"
+    before = np.array([word.score for word in explain(classifier, text).words], dtype=float)
+    torch.manual_seed(0)
+    shuffled = load_run_with_random_layers(classifier)
+    after = np.array([word.score for word in explain(shuffled, text).words], dtype=float)
+    assert np.corrcoef(before, after)[0, 1] < 0.9
+
+
+def load_run_with_random_layers(classifier: Classifier) -> Classifier:
+    import copy
+
+    model = copy.deepcopy(classifier.model)
+    model.engine.layers = [  # type: ignore[union-attr]
+        [(torch.randn_like(weight) * weight.std(), bias) for weight, bias in layer]
+        for layer in model.engine.layers  # type: ignore[union-attr]
+    ]
+    return replace(classifier, model=model)
+
+
+def test_the_quick_way_agrees_on_what_counts_most(tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    found = learn(tiny_bert, small_table, tmp_path / "run")
+    quick = explain(found, "the film was superb", "gradient x input")
+    assert quick.method == "gradient x input"
+    assert max(quick.words, key=lambda word: abs(word.score or 0.0)).word == "superb"
+
+
+# --- the words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("the film wasn't un-lovely!", ["the", "film", "wasn't", "un-lovely!"]),
+        ("  two\tspaces\nand lines ", ["two", "spaces", "and", "lines"]),
+        ("电影 good", ["电", "影", "good"]),
+        ("zebraunknown 😒 film", ["zebraunknown", "😒", "film"]),
+    ],
+)
+def test_word_pieces_are_merged_into_words(text: str, words: list[str], classifier: Classifier) -> None:
+    got = explain(classifier, text)
+    assert [word.word for word in got.words] == words
+    assert all(text[word.start : word.end] == word.word for word in got.words)
+    assert words == WORDS.findall(text)
+
+
+def test_words_beyond_max_length_were_not_read(classifier: Classifier) -> None:
+    text = "the film was superb " * 10
+    got = explain(classifier, text)
+    read = [word for word in got.words if word.score is not None]
+    assert len(read) == classifier.max_length - 2
+    assert all(word.score is None for word in got.words[len(read) :])
+    assert got.words[len(read)].word == text.split()[len(read)]
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_blank_text_has_nothing_to_explain(text: str, classifier: Classifier) -> None:
+    with pytest.raises(InputError, match="nothing to explain"):
+        explain(classifier, text)
+
+
+def test_without_captum_it_says_what_to_install(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
+    with pytest.raises(InputError, match=r"pip install 'headstart\[explain\]'"):
+        explain(classifier, "the film")
+    assert explain(classifier, "the film", "gradient x input").words, "the quick way needs none"
+
+
+# --- neighbours
+
+
+def features(vectors: list[list[float]]) -> Features:
+    stored = np.array([[[9.0, 9.0], vector] for vector in vectors], dtype=np.float16)
+    return Features(stored, np.arange(len(vectors)), ("cls", "mean-3"), 0, len(vectors))
+
+
+def test_the_nearest_are_those_of_the_largest_cosine_each_text_once() -> None:
+    known = features([[1, 0], [0, 1], [5, 5], [1, 0.1], [1, 0]])
+    texts, labels = ["east", "north", "between", "nearly east", "east"], ["e", "n", "b", "e", "e"]
+    got = nearest(known, texts, labels, features([[2, 0]]), most=3)
+    assert [(one.text, one.label) for one in got] == [("east", "e"), ("nearly east", "e"), ("between", "b")]
+    assert [one.similarity for one in got] == pytest.approx([1, 1 / np.sqrt(1.01), np.sqrt(0.5)], abs=1e-3)
+    assert len(nearest(known, texts, labels, features([[0, 0]]), most=9)) == 4
