@@ -109,8 +109,8 @@ def load_run_with_random_layers(classifier: Classifier) -> Classifier:
 
 def test_the_quick_way_agrees_on_what_counts_most(tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
     found = learn(tiny_bert, small_table, tmp_path / "run")
-    quick = explain(found, "the film was superb", "gradient x input")
-    assert quick.method == "gradient x input"
+    quick = explain(found, "the film was superb", "gradients at a few points")
+    assert quick.method == "gradients at a few points"
     assert max(quick.words, key=lambda word: abs(word.score or 0.0)).word == "superb"
 
 
@@ -152,7 +152,7 @@ def test_without_captum_it_says_what_to_install(classifier: Classifier, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
     with pytest.raises(InputError, match=r"pip install 'headstart\[explain\]'"):
         explain(classifier, "the film")
-    assert explain(classifier, "the film", "gradient x input").words, "the quick way needs none"
+    assert explain(classifier, "the film", "gradients at a few points").words, "the quick way needs none"
 
 
 # --- neighbours

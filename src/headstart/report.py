@@ -22,6 +22,7 @@ from headstart.thaw import Cost, layers_text
 from headstart.tokens import LengthAdvice
 
 WORST = 8  # rows or words that a screen shows
+TABLE_OPTIONS = ("validation", "test", "text", "label")  # which say what a table is, and where
 MORE_HELPS = 0.01  # accuracy gained by the second half of the training texts, from which on more are worth having
 
 
@@ -146,7 +147,9 @@ def limits(metrics: Mapping[str, Any]) -> list[str]:
 
 def next_steps(run: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What to do for a better result: commands, each with its reason."""
-    settings, source, said = run["settings"], shlex.quote(run["settings"]["data"]), []
+    settings, said = run["settings"], []
+    options = (f" --{name} {shlex.quote(settings[name])}" for name in TABLE_OPTIONS if settings[name])
+    source = shlex.quote(settings["data"]) + "".join(options)
     if settings["recipe"] == "article":
         said.append((f"headstart train {source}", "the default recipe, which fine-tunes the encoder, too"))
     elif settings["thaw"] == "0":

@@ -245,7 +245,7 @@ def coloured(folder: Path, mistakes: Sequence[Json], placement: Placement) -> li
     if not mistakes:
         return []
     classifier = load_run(folder, replace(placement, precision="fp32"))
-    return [{**one, "words": explain(classifier, one["text"], "gradient x input").words} for one in mistakes]
+    return [{**one, "words": explain(classifier, one["text"], "gradients at a few points").words} for one in mistakes]
 
 
 def thaw_after(
