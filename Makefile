@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/headstart demo
 
 test: $(VENV)/.installed-test browser check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # The report is opened in a real browser. Where there is none and none can be installed, those tests are skipped.
 browser:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +15,12 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
+from headstart import config
 from headstart.checkpoints import Checkpoints
 from headstart.config import ClassWeight
 from headstart.engine import PooledHead
 from headstart.errors import InputError, TerminatedError
-from headstart.train import Epoch, FeatureBatches, History, Part, Schedule, Validate, class_weights, fit
+from headstart.train import AdamW, Epoch, FeatureBatches, History, Part, Schedule, Validate, class_weights, fit
 
 SCHEDULE = Schedule(epochs=5, lr=1e-2, weight_decay=0.01)
 
@@ -172,15 +175,15 @@ def test_gradients_are_clipped() -> None:
     model = new_model(dropout=0.0)
     values, labels = separable()
     huge = FeatureBatches(values * 1e4, labels, 16, 1)
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
-    def step(self: torch.optim.AdamW, *arguments: object) -> object:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))))
-        return original(self, *arguments)
+    def step(self: AdamW, lr: float) -> None:
+        gradients = [parameter.grad for parameter in self.named.values()]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients if g is not None]))))
+        original(self, lr)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(AdamW, "step", step)
         for clip_norm in (0.25, 1.0, 1e9):
             norms.clear()
             schedule = Schedule(epochs=1, lr=1e-3, weight_decay=0.01, clip_norm=clip_norm)
@@ -396,17 +399,14 @@ def test_the_learning_rate_rises_then_falls_to_nothing(warmup: float, steps: int
 def given_to_adamw(schedule: Schedule, model: nn.Module) -> list[dict[str, Any]]:
     """Each step's rate, and the decay of each parameter by its name."""
     seen: list[dict[str, Any]] = []
-    original = torch.optim.AdamW.step
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    original = AdamW.step
 
-    def step(self: torch.optim.AdamW, *arguments: object) -> object:
-        decay = {names[id(p)]: group["weight_decay"] for group in self.param_groups for p in group["params"]}
-        (rate,) = {group["lr"] for group in self.param_groups}
-        seen.append({"lr": rate, "decay": decay})
-        return original(self, *arguments)
+    def step(self: AdamW, lr: float) -> None:
+        seen.append({"lr": lr, "decay": {name: decay for decay, names in self.groups.items() for name in names}})
+        original(self, lr)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(AdamW, "step", step)
         train(model, schedule)
     return seen
 
@@ -687,3 +687,18 @@ def test_sigterm_while_validating_is_heeded_after_the_epoch(tmp_path: Path) -> N
     found = Checkpoints(tmp_path, 1.0).newest()
     assert found is not None
     assert (found[1]["epoch"], found[1]["done"], len(found[1]["records"])) == (1, 0, 1)
+
+
+def test_training_does_not_start_torchs_compiler() -> None:
+    # torch.optim's classes import it when one is made, which takes a second of every run.
+    code = """
+import sys, torch
+from headstart.train import FeatureBatches, Schedule, fit
+model = torch.nn.Linear(3, 2)
+batches = FeatureBatches(torch.ones(8, 3), torch.arange(8) % 2, 4, 1)
+fit(model, batches, lambda _: (0.0, 0.0), Schedule(2, 0.1, 0.0), torch.ones(2))
+assert model.weight.grad is not None
+assert "torch._dynamo" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)

@@ -24,7 +24,15 @@ from headstart.features import Features, frozen_features
 from headstart.folders import whole_file
 from headstart.metrics import WORD, Labels, Shares
 from headstart.predict import probabilities_of, write_frames
-from headstart.tables import file_format, for_spreadsheets, is_delimited, name_rows, read_columns, resolve_path
+from headstart.tables import (
+    file_format,
+    for_spreadsheets,
+    is_delimited,
+    name_rows,
+    read_columns,
+    refuse_nested,
+    resolve_path,
+)
 from headstart.tokens import advise_length
 from headstart.trials import Task, in_folds, train_head
 
@@ -53,17 +61,36 @@ class Audit(NamedTuple):
 
 
 class Findings:
-    """Issues by row of the table, each a kind and what more there is to say of it; and labels suggested."""
+    """What is found of each of a table's rows: issues, a label suggested, a score; `places` are the dataset's rows."""
 
-    def __init__(self) -> None:
-        self.of: defaultdict[int, list[str]] = defaultdict(list)
+    def __init__(self, places: Sequence[int], rows: int) -> None:
+        self.places = places
+        self.issues: list[list[str]] = [[] for _ in range(rows)]
+        self.suggested: list[str | None] = [None] * rows
+        self.scores = np.full(rows, np.nan)
         self.counts: Counter[str] = Counter()
-        self.suggested: dict[int, str] = {}
+        for place in set(range(rows)) - set(places):
+            self.issues[place].append("blank text or label")
+            self.counts["blank text or label"] += 1
+            self.scores[place] = 0.0
 
-    def add(self, place: int, kind: str, more: str = "") -> None:
-        """Note an issue of the row at `place`."""
-        self.of[place].append(f"{kind}: {more}" if more else kind)
+    def add(self, i: int, kind: str, more: str = "") -> None:
+        """Note an issue of the dataset's text `i`: its kind, and what more there is to say."""
+        self.issues[self.places[i]].append(f"{kind}: {more}" if more else kind)
         self.counts[kind] += 1
+
+    def suggest(self, i: int, label: str) -> None:
+        """Suggest a label for text `i`, unless another has been."""
+        self.suggested[self.places[i]] = self.suggested[self.places[i]] or label
+
+    def ranked(self, table: pl.DataFrame, first: int) -> pl.DataFrame:
+        """The table with `ADDED`, the worst row first; `first` is the number of its first row."""
+        rows, issues = np.arange(table.height) + first, ["; ".join(some) for some in self.issues]
+        scores = pl.Series(self.scores).fill_nan(None).round(4)
+        columns = zip(ADDED, (rows, issues, self.suggested, scores), strict=True)
+        added = pl.DataFrame(dict(columns), schema_overrides={"suggested_label": pl.String})
+        whole = table.with_columns(added.get_columns())
+        return whole.sort("score", nulls_last=True, maintain_order=True)
 
 
 def audit(config: TrainConfig, out: Path) -> Audit:
@@ -71,61 +98,59 @@ def audit(config: TrainConfig, out: Path) -> Audit:
 
     A `DataError` if a table cannot be read, a `ModelError` without such an encoder, an `InputError` without cleanlab.
     """
-    path = resolve_path(config.data)
+    path, ending = resolve_path(config.data), file_format(str(out))
+    if out.resolve() == Path(path).resolve():
+        raise DataError(f"{out}: is the table itself; choose another --out.")
     table, columns = read_columns(path, text=config.text, label=config.label)
     if set(ADDED) <= set(table.columns):
         table = table.drop(ADDED)  # an earlier audit's
     if there := [name for name in ADDED if name in table.columns]:
         raise DataError(f"{path}: has a column {there[0]!r}, as the audit would add one. Rename it.")
+    refuse_nested(path, table.schema, ending)
     dataset = data.load(config.data, config.text, config.label)
-    others = {name: data.load(name, *columns, least_rows=1) for name in (config.validation, config.test) if name}
+    given = [name for name in (config.validation, config.test) if name]
+    others = {name: data.load(name, config.text, config.label, least_rows=1) for name in given}
     first = 2 if is_delimited(path) else 1
-    places = (dataset.rows - first).tolist()
-    found = Findings()
-    for place in sorted(set(range(table.height)) - set(places)):
-        found.add(place, "blank text or label")
-    labels = _spellings(dataset, places, found)
-    _copies(dataset, places, others, found)
-    _odd_texts(dataset, places, found)
+    found = Findings((dataset.rows - first).tolist(), table.height)
+    labels = _spellings(dataset, found)
+    _copies(dataset, others, found)
+    _odd_texts(dataset, found)
     encoder = load_encoder(config.model, choose_placement(config.device, config.precision))
     tokens = encoder.tokenizer(dataset.texts, progress="tokenizing")
     most = config.max_length or advise_length(tokens.lengths, limit=encoder.max_length, hidden=encoder.hidden).advised
     features = frozen_features(encoder, encoder.tokenizer.truncate(tokens, most))
-    _near_copies(dataset, places, features, found)
-    scores = np.full(table.height, np.nan)
-    scores[list(set(range(table.height)) - set(places))] = 0.0
-    counts = np.bincount(labels, minlength=len(dataset.names))
-    learnt = np.flatnonzero(counts[labels] >= FOLDS)
-    names, own = np.unique(labels[learnt], return_inverse=True)
-    for i in np.flatnonzero(counts[labels] < FOLDS).tolist():
-        found.add(places[i], "label too rare to be learnt", f"{counts[labels[i]]} of it")
-    if len(names) > 1:
-        known = tuple(dataset.names[i] for i in names)
-        task = Task(encoder, features.take(learnt), features.take(learnt), own, own, known, config)
-        probabilities = out_of_fold(task, [dataset.texts[i] for i in learnt])
-        quality, wrong = _label_quality(own, probabilities)
-        for i, place in enumerate(places[i] for i in learnt):
-            scores[place] = quality[i]
-            if wrong[i]:
-                found.add(place, WRONG)
-                found.suggested.setdefault(place, known[probabilities[i].argmax()])
-    added = {
-        "row": np.arange(table.height) + first,
-        "issue": ["; ".join(found.of[place]) for place in range(table.height)],
-        "suggested_label": [found.suggested.get(place) for place in range(table.height)],
-        "score": pl.Series(scores).fill_nan(None).round(4),
-    }
-    whole = table.with_columns(pl.DataFrame(added, schema_overrides={"suggested_label": pl.String}).get_columns())
-    ranked = whole.sort("score", nulls_last=True, maintain_order=True)
-    ending = file_format(str(out))
+    _near_copies(dataset, features, found)
+    _contradictions(Task(encoder, features, features, labels, labels, dataset.names, config), dataset.texts, found)
+    ranked = found.ranked(table, first)
     written = for_spreadsheets(ranked) if ending in (".csv", ".tsv") else ranked
     with disk_errors(out), whole_file(out) as temporary, open(temporary, "wb") as file:
         write_frames(file, ending, iter([written]), written.clear())
-    sizes = dict(zip(dataset.names, np.bincount(dataset.labels, minlength=len(dataset.names)).tolist(), strict=True))
-    return Audit(ranked, dict(found.counts.most_common()), sizes, columns)
+    sizes = np.bincount(dataset.labels, minlength=len(dataset.names)).tolist()
+    return Audit(ranked, dict(found.counts.most_common()), dict(zip(dataset.names, sizes, strict=True)), columns)
 
 
-def _spellings(dataset: Dataset, places: Sequence[int], found: Findings) -> Labels:
+def _contradictions(task: Task, texts: Sequence[str], found: Findings) -> None:
+    """Score each label by what heads say that have not seen it, and note those that are probably wrong."""
+    labels = task.train_labels
+    counts = np.bincount(labels, minlength=len(task.names))[labels]
+    for place in np.flatnonzero(counts < FOLDS).tolist():
+        found.add(place, "label too rare to be learnt", f"{counts[place]} of it")
+    learnt = np.flatnonzero(counts >= FOLDS)
+    known, own = np.unique(labels[learnt], return_inverse=True)
+    if len(known) < 2:
+        return
+    names = tuple(task.names[label] for label in known.tolist())
+    part = replace(task, train=task.train.take(learnt), train_labels=own, names=names)
+    probabilities = out_of_fold(part, [texts[place] for place in learnt.tolist()])
+    quality_and_verdict = _label_quality(own, probabilities)
+    for i, quality, wrong, said in zip(learnt.tolist(), *quality_and_verdict, probabilities, strict=True):
+        found.scores[found.places[i]] = quality
+        if wrong:
+            found.add(i, WRONG)
+            found.suggest(i, names[said.argmax()])
+
+
+def _spellings(dataset: Dataset, found: Findings) -> Labels:
     """Note labels that are another one's spelling; (n,) label indexes with those read as meant."""
     counts = Counter(dataset.labels.tolist())
     usual: dict[str, int] = {}  # the commonest label of each spelling without case and punctuation
@@ -139,14 +164,14 @@ def _spellings(dataset: Dataset, places: Sequence[int], found: Findings) -> Labe
             meant[i] = usual[near[0]]
         else:
             usual[plain] = i
-    for place, label in zip(places, dataset.labels.tolist(), strict=True):
+    for i, label in enumerate(dataset.labels.tolist()):
         if meant[label] != label:
-            found.suggested[place] = dataset.names[meant[label]]
-            found.add(place, "label spelt otherwise", f"meant is probably {found.suggested[place]}")
+            found.suggest(i, name := dataset.names[meant[label]])
+            found.add(i, "label spelt otherwise", f"meant is probably {name}")
     return meant[dataset.labels]
 
 
-def _copies(dataset: Dataset, places: Sequence[int], others: Mapping[str, Dataset], found: Findings) -> None:
+def _copies(dataset: Dataset, others: Mapping[str, Dataset], found: Findings) -> None:
     """Note texts that stand in the table more than once, with one label or several, or in another table too."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for i, text in enumerate(dataset.texts):
@@ -156,14 +181,14 @@ def _copies(dataset: Dataset, places: Sequence[int], others: Mapping[str, Datase
         conflict = len({int(dataset.labels[i]) for i in members}) > 1
         for i in members if conflict else members[1:]:
             rest = name_rows([row for row in rows if row != dataset.rows[i]])
-            found.add(places[i], "same text with another label" if conflict else "repeats another row", rest)
+            found.add(i, "same text with another label" if conflict else "repeats another row", rest)
     for name, other in others.items():
         for row, text in zip(other.rows.tolist(), other.texts, strict=True):
             for i in groups.get(text_key(text), ()):
-                found.add(places[i], "stands in another file, too", f"{name}, row {row}")
+                found.add(i, "stands in another file, too", f"{name}, row {row}")
 
 
-def _odd_texts(dataset: Dataset, places: Sequence[int], found: Findings) -> None:
+def _odd_texts(dataset: Dataset, found: Findings) -> None:
     """Note texts without words, much longer than the others, or in another language than most."""
     words = np.array([len(WORD.findall(text)) for text in dataset.texts])
     low, middle, high = np.quantile(words, (0.25, 0.5, 0.75))
@@ -171,16 +196,16 @@ def _odd_texts(dataset: Dataset, places: Sequence[int], found: Findings) -> None
     identify = _identifier()
     said = [identify(text) if sum(map(str.isalpha, text)) >= LEAST_LETTERS else ("", 0.0) for text in dataset.texts]
     usual = Counter(language for language, _ in said if language).most_common(1)
-    for place, count, (language, share) in zip(places, words.tolist(), said, strict=True):
+    for i, (count, (language, share)) in enumerate(zip(words.tolist(), said, strict=True)):
         if not count:
-            found.add(place, "no word in it")
+            found.add(i, "no word in it")
         elif count > longest:
-            found.add(place, "much longer than the others", f"{count:,} words, usual are {middle:.0f}")
+            found.add(i, "much longer than the others", f"{count:,} words, usual are {middle:.0f}")
         if share >= SURE_LANGUAGE and language != usual[0][0]:
-            found.add(place, "probably another language", f"{language}, most are {usual[0][0]}")
+            found.add(i, "probably another language", f"{language}, most are {usual[0][0]}")
 
 
-def _near_copies(dataset: Dataset, places: Sequence[int], features: Features, found: Findings) -> None:
+def _near_copies(dataset: Dataset, features: Features, found: Findings) -> None:
     """Note texts that say nearly the same, in nearly the same words, as an earlier row."""
     vectors = torch.from_numpy(features.columns([features.layout[-1]])[:, 0])
     vectors = torch.nn.functional.normalize(vectors, dim=1)
@@ -191,7 +216,7 @@ def _near_copies(dataset: Dataset, places: Sequence[int], features: Features, fo
             keys = [text_key(dataset.texts[j]) for j in (start + i, int(earlier[i]))]
             one, other = (set(WORD.findall(key)) for key in keys)
             if keys[0] != keys[1] and len(one & other) >= ALIKE * len(one | other):
-                found.add(places[start + i], "nearly repeats another row", name_rows([int(dataset.rows[earlier[i]])]))
+                found.add(start + i, "nearly repeats another row", name_rows([int(dataset.rows[earlier[i]])]))
 
 
 def out_of_fold(task: Task, texts: Sequence[str]) -> Shares:

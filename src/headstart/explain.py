@@ -64,24 +64,25 @@ def explain(classifier: Classifier, text: str, method: Method = "integrated grad
     mask = torch.ones_like(ids)
     with torch.no_grad():
         states, start = (scorer.embedded(one) for one in (ids, ids.masked_fill(real, tokenizer.mask_id)))
-        logits = scorer.onward(states, mask).float().cpu()
-    best = int(logits.argmax())
+        logits = scorer.onward(torch.cat([states, start]), mask.expand(2, -1)).float()
+    best = int(logits[0].argmax())
 
-    def odds(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        logits = scorer.onward(states, mask).float()
+    def log_odds(logits: torch.Tensor) -> torch.Tensor:
         others = torch.cat([logits[:, :best], logits[:, best + 1 :]], dim=1)
         return logits[:, best] - others.logsumexp(dim=1)
 
+    def odds(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return log_odds(scorer.onward(states, mask).float())
+
     attribute = _integrated if method == "integrated gradients" else _sampled
     scores = attribute(odds, states, start, mask)[0].sum(dim=-1).tolist()
-    with torch.no_grad():
-        change = float(odds(states, mask) - odds(start, mask))
+    change = float(-log_odds(logits).diff())
     words = []
     for found in WORDS.finditer(text):
         own = [i for i, (low, high) in enumerate(encoding.offsets) if low < found.end() and high > found.start()]
         score = sum(scores[i] for i in own if i < read) if any(i < read for i in own) else None
         words.append(Word(found[0], *found.span(), score))
-    confidence = float(probabilities_of(logits).max())
+    confidence = float(probabilities_of(logits[:1].cpu()).max())
     return Explanation(text, classifier.names[best], confidence, tuple(words), method, abs(change - sum(scores)))
 
 

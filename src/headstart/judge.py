@@ -15,7 +15,7 @@ from headstart.metrics import Labels, Shares
 from headstart.predict import probabilities_of
 
 Json = dict[str, Any]
-MISTAKES = 12  # the most confident ones that are shown
+MISTAKES = 8  # the most confident ones that are shown
 SURE = 0.95  # who contradicts a label so confidently has often found a wrong label
 
 

@@ -24,7 +24,7 @@ from headstart.errors import DataError, InputError, disk_errors
 from headstart.folders import whole_file
 from headstart.model import Classifier, load_run
 from headstart.progress import bar
-from headstart.tables import file_format, find_column, parsing, resolve_path, scan
+from headstart.tables import file_format, find_column, parsing, refuse_nested, resolve_path, scan
 from headstart.tokens import like_length_batches
 
 CHUNK_ROWS = 2048
@@ -151,8 +151,7 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
     ending = ".csv" if output == "-" else file_format(output)
     if output != "-" and Path(output).resolve() == Path(path).resolve():
         raise DataError(f"{output}: is the input; choose another --output.")
-    if ending in (".csv", ".tsv") and (nested := [name for name, dtype in schema.items() if dtype.is_nested()]):
-        raise DataError(f"{path}: the column {nested[0]!r} holds lists or records; write .jsonl or .parquet.")
+    refuse_nested(path, schema, ending)
 
     def score(part: pl.DataFrame) -> tuple[pl.DataFrame, Counter[str]]:  # the answer to a blank text is null
         texts = part[column].cast(pl.String).to_list()

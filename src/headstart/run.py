@@ -32,6 +32,7 @@ from headstart.encoder import (
     load_tokenizer,
     locate,
 )
+from headstart.engine import side_by_side
 from headstart.errors import DataError, InputError, StoppedEarlyError, disk_errors
 from headstart.explain import Neighbour, explain, nearest
 from headstart.features import Features, frozen_features
@@ -177,7 +178,7 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     stages = [stage_record(name, history) for name, history in learnt.stages.items()]
     numbers = {**judged.numbers, "stages": stages, "learning_curve": learnt.learning_curve}
     numbers |= {"features": ready.features.cost()} | ({"folds": learnt.folds} if learnt.folds is not None else {})
-    info = record(ready, config, learnt, out)
+    info = record(ready, config, learnt, out) | {"calibration": judged.numbers["calibration"]}
     curves = {name: [asdict(epoch) for epoch in history.epochs] for name, history in learnt.stages.items()}
     figures = {**judged.figures, "curves": curves, "lengths": report.length_bins(ready.advice.lengths)}
     counts = np.bincount(splits.train.labels, minlength=len(names)).tolist()
@@ -245,7 +246,11 @@ def coloured(folder: Path, mistakes: Sequence[Json], placement: Placement) -> li
     if not mistakes:
         return []
     classifier = load_run(folder, replace(placement, precision="fp32"))
-    return [{**one, "words": explain(classifier, one["text"], "gradients at a few points").words} for one in mistakes]
+
+    def with_words(mistake: Json) -> Json:
+        return {**mistake, "words": explain(classifier, mistake["text"], "gradients at a few points").words}
+
+    return list(side_by_side(with_words, mistakes))
 
 
 def thaw_after(

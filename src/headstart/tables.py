@@ -257,6 +257,12 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
     return table, tuple(found)
 
 
+def refuse_nested(source: str, schema: pl.Schema, ending: str) -> None:
+    """A `DataError` if a table holds what the format with that ending cannot."""
+    if ending in (".csv", ".tsv") and (nested := [name for name, dtype in schema.items() if dtype.is_nested()]):
+        raise DataError(f"{source}: the column {nested[0]!r} holds lists or records; write .jsonl or .parquet.")
+
+
 def for_spreadsheets(frame: pl.DataFrame) -> pl.DataFrame:
     """A frame to write as CSV, with an apostrophe before what a spreadsheet would compute (CSV injection, OWASP)."""
     text = pl.selectors.string()

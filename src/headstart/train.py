@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.optim.adamw import adamw
 
 from headstart.checkpoints import Checkpoints
 from headstart.config import ClassWeight
@@ -28,7 +29,7 @@ Validate = Callable[[nn.Module], tuple[float, float]]  # mean loss and accuracy,
 Keep = Literal["lowest loss", "most accurate", "last"]  # the epoch, on validation data, whose weights are kept
 Part = tuple[Sequence[torch.Tensor], torch.Tensor]  # what a model is called with, and (texts,) labels
 
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, as torch names it
 OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|can.t allocate memory|memoryerror")  # as torch's devices say it
 
 
@@ -184,7 +185,7 @@ def fit(
     the epoch. Where memory runs out, batches are computed in smaller pieces; an `InputError` if one text is too much.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters, optimizer = list(named.values()), _optimizer(named, schedule)
+    parameters, optimizer = list(named.values()), AdamW(named, schedule)
     found = checkpoints.newest() if checkpoints is not None else None
     at = Position(_copies(named)) if found is None else _restore(*found, named, optimizer)
     announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda _: None
@@ -207,11 +208,9 @@ def fit(
         def one_epoch() -> None:  # its steps that are not done yet
             model.train()
             for parts in batches.epoch(at.epoch, at.done):
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.lr_at(at.steps, steps)
                 at.losses.append(_gradients(model, parts, weights, parameters, at, announce))
                 nn.utils.clip_grad_norm_(parameters, schedule.clip_norm, foreach=True)
-                optimizer.step()
+                optimizer.step(schedule.lr_at(at.steps, steps))
                 at.done, at.steps = at.done + 1, at.steps + 1
                 advance(1, at.records[-1].words() if at.records else "")
                 after_step()
@@ -251,13 +250,33 @@ def fit(
     return History(tuple(at.records), at.best, at.steps, interrupted)
 
 
-def _optimizer(named: Mapping[str, nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in named.items():
-        decayed = schedule.warmup is None or (parameter.ndim > 1 and "embeddings" not in name)
-        groups.setdefault(schedule.weight_decay if decayed else 0.0, []).append(parameter)
-    settings = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
-    return torch.optim.AdamW(settings, lr=schedule.lr, fused=True)
+class AdamW:
+    """Torch's fused AdamW (Loshchilov and Hutter 2019), its defaults, as a function of what it remembers.
+
+    The class of that name imports torch's compiler when one is made, which takes a second.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], schedule: Schedule) -> None:
+        self.named = named
+        self.state = {
+            name: dict(zip(ADAM, (one.new_zeros(()), torch.zeros_like(one), torch.zeros_like(one)), strict=True))
+            for name, one in named.items()
+        }
+        groups: dict[float, list[str]] = {}
+        for name, parameter in named.items():
+            decayed = schedule.warmup is None or (parameter.ndim > 1 and "embeddings" not in name)
+            groups.setdefault(schedule.weight_decay if decayed else 0.0, []).append(name)
+        self.groups = groups
+
+    def step(self, lr: float) -> None:
+        """Change every parameter that has a gradient."""
+        same = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True}
+        for decay, names in self.groups.items():
+            given = {name: one for name in names if (one := self.named[name]).grad is not None}
+            steps, means, squares = ([self.state[name][part] for name in given] for part in ADAM)
+            gradients = [one.grad for one in given.values()]
+            with torch.no_grad():
+                adamw(list(given.values()), gradients, means, squares, [], steps, lr=lr, weight_decay=decay, **same)
 
 
 def _gradients(
@@ -346,28 +365,24 @@ def _copies(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _state(
-    at: Position, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    at: Position, named: Mapping[str, nn.Parameter], optimizer: AdamW
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Everything that the rest of the training depends on, as tensors and as JSON."""
     tensors = {f"now.{name}": parameter.detach() for name, parameter in named.items()}
     tensors |= {f"best.{name}": tensor for name, tensor in at.best_state.items()}
-    for name, parameter in named.items():
-        tensors |= {f"{part}.{name}": tensor for part, tensor in optimizer.state.get(parameter, {}).items()}
+    tensors |= {f"{part}.{name}": one for name, parts in optimizer.state.items() for part, one in parts.items()}
     state = {name: getattr(at, name) for name in ("epoch", "done", "steps", "best", "halvings")}
     state |= {"losses": [float(loss) for loss in at.losses], "records": [asdict(record) for record in at.records]}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, state
 
 
 def _restore(
-    tensors: Mapping[str, torch.Tensor],
-    state: Mapping[str, Any],
-    named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], named: Mapping[str, nn.Parameter], optimizer: AdamW
 ) -> Position:
     for name, parameter in named.items():
         parameter.data.copy_(tensors[f"now.{name}"])
-        if found := {part: tensors[key].to(parameter.device) for part in ADAM if (key := f"{part}.{name}") in tensors}:
-            optimizer.state[parameter] = found
+        for part, remembered in optimizer.state[name].items():
+            remembered.copy_(tensors[f"{part}.{name}"])
     best = {name: tensors[f"best.{name}"].to(parameter.device) for name, parameter in named.items()}
     device = next(iter(best.values())).device
     lists = {"losses": [torch.tensor(loss, device=device) for loss in state["losses"]]}

@@ -26,7 +26,7 @@ REFINEMENTS: tuple[dict[str, Any], ...] = (
     *({"width": 0, "weight_decay": 1.0}, {"width": 0}, {"weight_decay": 1.0}),
 )
 PRUNE = {1: 1.15, 3: 1.03}  # a trial is stopped at these epochs if its loss is over the best one's by then, times this
-SHARES = (0.125, 0.25, 0.5)  # of the training texts, for a learning curve
+SHARES = (0.25, 0.5)  # of the training texts, for a learning curve
 SEARCH_ROWS, TRIAL_ROWS = 20_000, 4_096  # texts that the built-in search and optuna's train on; the head found, on all
 
 Hopeless = Callable[[int, Epoch], bool]  # whether to give a head up, by an epoch of it
