@@ -16,7 +16,17 @@ from headstart.encoder import Encoder, choose_placement, load_encoder
 from headstart.errors import InputError
 from headstart.features import Features, frozen_features
 from headstart.train import History, fit
-from headstart.trials import Task, TrainedHead, best_of, in_folds, layer_sets, one_thread, refit, train_head
+from headstart.trials import (
+    Task,
+    TrainedHead,
+    best_of,
+    in_folds,
+    layer_sets,
+    learning_curve,
+    one_thread,
+    refit,
+    train_head,
+)
 
 NOUNS = ("film", "hotel", "soup", "phone", "app", "waiter", "room", "story", "battery", "service")
 PAIRS = (("superb", "awful"), ("lovely", "boring"), ("great", "broken"), ("charming", "rude"))
@@ -315,3 +325,13 @@ def test_heads_train_on_one_thread_and_leave_the_others(encoder: Encoder, featur
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_learning_curve_is_of_parts_of_the_texts_and_ends_in_the_head(encoder: Encoder, features: Features) -> None:
+    whole = task_of(encoder, features, head="native")
+    head = train_head(whole)
+    curve = learning_curve(whole, head)
+    n = len(whole.train)
+    assert [point["texts"] for point in curve] == [round(n / 8), round(n / 2), n]
+    assert curve[-1]["validation_accuracy"] == head.history.epochs[head.history.best].validation_accuracy
+    assert learning_curve(whole, head) == curve, "the same seed, the same curve"

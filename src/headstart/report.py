@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from headstart.tokens import LengthAdvice
 
 WORST = 8  # rows or words that a screen shows
 TABLE_OPTIONS = ("validation", "test", "text", "label")  # which say what a table is, and where
-MORE_HELPS = 0.01  # accuracy gained by the second half of the training texts, from which on more are worth having
+MORE_HELPS = 0.01  # accuracy gained by twice the texts, from which on more are worth having
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -137,10 +138,13 @@ def limits(metrics: Mapping[str, Any]) -> list[str]:
     worse = [row for row in metrics["slices"] if row["accuracy_ci95"][1] < accuracy]
     said = [f"{row['slice']}: accuracy {row['accuracy']:.3f} on {row['n']:,} test texts" for row in worse[:2]]
     if len(curve := metrics["learning_curve"]) > 1:
-        half, whole = curve[-2:]
-        gain = whole["validation_accuracy"] - half["validation_accuracy"]
-        verdict = "more texts would help" if gain >= MORE_HELPS else "more texts alone would add little"
-        learnt = f"a head on {half['texts']:,} texts was {half['validation_accuracy']:.3f} accurate on validation"
+        less, whole = curve[-2:]
+        gain = whole["validation_accuracy"] - less["validation_accuracy"]
+        gain /= math.log2(whole["texts"] / less["texts"])
+        there = {name: one["f1"] for name, one in metrics["test"]["per_label"].items() if one["support"]}
+        helps = f"more texts would help, above all of {min(there, key=lambda name: there[name])}"
+        verdict = helps if gain >= MORE_HELPS else "more texts alone would add little"
+        learnt = f"a head on {less['texts']:,} texts was {less['validation_accuracy']:.3f} accurate on validation"
         said.append(f"{learnt}, on all {whole['texts']:,} {whole['validation_accuracy']:.3f}: {verdict}")
     return said
 

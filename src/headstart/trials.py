@@ -26,7 +26,7 @@ REFINEMENTS: tuple[dict[str, Any], ...] = (
     *({"width": 0, "weight_decay": 1.0}, {"width": 0}, {"weight_decay": 1.0}),
 )
 PRUNE = {1: 1.15, 3: 1.03}  # a trial is stopped at these epochs if its loss is over the best one's by then, times this
-SHARES = (0.25, 0.5)  # of the training texts, for a learning curve
+CURVE = ((0.125, 512), (0.5, 2048))  # shares of the training texts for a learning curve, and the most texts they may be
 SEARCH_ROWS, TRIAL_ROWS = 20_000, 4_096  # texts that the built-in search and optuna's train on; the head found, on all
 
 Hopeless = Callable[[int, Epoch], bool]  # whether to give a head up, by an epoch of it
@@ -277,12 +277,13 @@ def refit(task: Task, head: TrainedHead) -> TrainedHead:
 def learning_curve(task: Task, head: TrainedHead) -> list[dict[str, Any]]:
     """Validation accuracy of heads like `head`, each trained on so many of the texts; the last is `head` itself."""
     order = np.random.default_rng(task.config.seed).permutation(len(task.train))
+    schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None)
     curve = []
-    for share in SHARES:
-        some = np.sort(order[: round(share * len(order))])
+    for share, most in CURVE:
+        some = np.sort(order[: min(round(share * len(order)), most)])
         part = replace(task, train=task.train.take(some), train_labels=task.train_labels[some])
         if len(np.unique(part.train_labels)) == len(np.unique(task.train_labels)):
-            history = _fit(part, head.spec, head.schedule).history
+            history = _fit(part, head.spec, schedule).history
             curve.append({"texts": len(some), "validation_accuracy": history.epochs[history.best].validation_accuracy})
     whole = head.history.epochs[head.history.best].validation_accuracy
     return [*curve, {"texts": len(order), "validation_accuracy": whole}]
