@@ -37,7 +37,7 @@ def audited(tiny_bert: Path, tmp_path: Path) -> Callable[..., Audit]:
 def issues(found: Audit) -> dict[int, str]:
     """Issues by row, as a spreadsheet counts, but for wrong labels, which depend on what is learnt."""
     pairs = found.table.sort("row").select("row", "issue").iter_rows()
-    kept = ((row, [one for one in issue.split("; ") if one and one != WRONG]) for row, issue in pairs)
+    kept = ((row, [one for one in (issue or "").split("; ") if one and one != WRONG]) for row, issue in pairs)
     return {row: "; ".join(some) for row, some in kept if some}
 
 

@@ -85,10 +85,10 @@ class Findings:
 
     def ranked(self, table: pl.DataFrame, first: int) -> pl.DataFrame:
         """The table with `ADDED`, the worst row first; `first` is the number of its first row."""
-        rows, issues = np.arange(table.height) + first, ["; ".join(some) for some in self.issues]
+        rows, issues = np.arange(table.height) + first, ["; ".join(some) or None for some in self.issues]
         scores = pl.Series(self.scores).fill_nan(None).round(4)
         columns = zip(ADDED, (rows, issues, self.suggested, scores), strict=True)
-        added = pl.DataFrame(dict(columns), schema_overrides={"suggested_label": pl.String})
+        added = pl.DataFrame(dict(columns), schema_overrides={"issue": pl.String, "suggested_label": pl.String})
         whole = table.with_columns(added.get_columns())
         return whole.sort("score", nulls_last=True, maintain_order=True)
 

@@ -104,6 +104,7 @@ def _told(run: Mapping[str, Any], metrics: Mapping[str, Any], report: str) -> di
     data, names = run["settings"]["data"], run["names"]
     labels = f"{len(names)} labels: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}"
     told = {"data_path": data, "data_name": Path(data).name, "name": Path(run["out"]).name, "labels": labels}
+    told["place"] = shlex.quote(run["out"])
     told |= {"compare": compare_text(metrics), "trust": trust_text(metrics), "report": report}
     return {**run, "folds": None, **metrics, **told, "limits": limits(metrics), "steps": next_steps(run, metrics)}
 
@@ -186,7 +187,8 @@ def compare_text(metrics: Mapping[str, Any]) -> str:
     beaten = f"better than both by {100 * (mine - best):.1f} points or more"
     verdict = beaten if mine > best else f"{'NOT' if mine < best else 'no'} better than {named}"
     p = metrics["comparisons"][name]["p_value"]
-    luck = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" + (", which may be luck" if p > 0.05 else "")
+    maybe = ", which may be luck" if p > 0.05 and mine != best else ""
+    luck = "p < 0.001" if p < 0.001 else f"p = {p:.3f}{maybe}"
     return f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict} ({luck})"
 
 
@@ -205,7 +207,10 @@ def audit_text(found: Audit, source: str, out: Path) -> str:
     )
     told = {"data": source, "rows": found.table.height, "labels": found.labels, "counts": found.counts}
     usual = found.columns == ("sentence", "label")
-    return filled("audit.txt", {**told, "worst": shown, "out": str(out), "options": "" if usual else options})
+    return filled(
+        "audit.txt",
+        {**told, "worst": shown, "out": str(out), "place": shlex.quote(str(out)), "options": "" if usual else options},
+    )
 
 
 def explanation_fields(explanation: Explanation, nearest: Sequence[Neighbour]) -> dict[str, Any]:
