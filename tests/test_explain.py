@@ -13,18 +13,18 @@ from headstart.encoder import choose_placement
 from headstart.errors import InputError
 from headstart.explain import WORDS, explain, nearest
 from headstart.features import Features
-from headstart.model import Classifier, LibraryScorer, load_run
+from headstart.model import LibraryScorer, TorchClassifier, load_run
 from headstart.run import train
 
 FP32 = choose_placement("cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
-def classifier(tiny_run: Path) -> Classifier:
+def classifier(tiny_run: Path) -> TorchClassifier:
     return load_run(tiny_run, FP32)
 
 
-def learn(model: Path, table: Path, out: Path, **settings: object) -> Classifier:
+def learn(model: Path, table: Path, out: Path, **settings: object) -> TorchClassifier:
     given = {"thaw": "0", "epochs": 30, "lr": 1e-2, "precision": "fp32", **settings}
     train(config.settings(str(table), model=str(model), out=str(out), **given))  # type: ignore[arg-type]
     return load_run(out, FP32)
@@ -33,7 +33,7 @@ def learn(model: Path, table: Path, out: Path, **settings: object) -> Classifier
 # --- the scores
 
 
-def test_scores_add_up_to_the_change_in_log_odds(classifier: Classifier) -> None:
+def test_scores_add_up_to_the_change_in_log_odds(classifier: TorchClassifier) -> None:
     text = "the film was superb, and the soup was lovely"
     got = explain(classifier, text)
     tokenizer, scorer = classifier.tokenizer, classifier.model
@@ -76,7 +76,7 @@ def test_every_family_explains_itself(
     assert isinstance(found.model, LibraryScorer) == (family in ("albert", "mpnet", "deberta-v2", "modernbert"))
 
 
-def test_features_far_beyond_half_precision_have_gradients_too(classifier: Classifier) -> None:
+def test_features_far_beyond_half_precision_have_gradients_too(classifier: TorchClassifier) -> None:
     scorer = classifier.model
     steep = {name: one.clone() for name, one in scorer.head.state_dict().items()}  # type: ignore[union-attr]
     try:
@@ -87,7 +87,7 @@ def test_features_far_beyond_half_precision_have_gradients_too(classifier: Class
     assert all(word.score is not None and np.isfinite(word.score) for word in got.words)
 
 
-def test_other_weights_give_another_explanation(classifier: Classifier) -> None:
+def test_other_weights_give_another_explanation(classifier: TorchClassifier) -> None:
     text = "the film was superb and the hotel was lovely"
     before = np.array([word.score for word in explain(classifier, text).words], dtype=float)
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_other_weights_give_another_explanation(classifier: Classifier) -> None:
     assert np.corrcoef(before, after)[0, 1] < 0.9
 
 
-def load_run_with_random_layers(classifier: Classifier) -> Classifier:
+def load_run_with_random_layers(classifier: TorchClassifier) -> TorchClassifier:
     import copy
 
     model = copy.deepcopy(classifier.model)
@@ -126,14 +126,14 @@ def test_the_quick_way_agrees_on_what_counts_most(tiny_bert: Path, small_table: 
         ("zebraunknown 😒 film", ["zebraunknown", "😒", "film"]),
     ],
 )
-def test_word_pieces_are_merged_into_words(text: str, words: list[str], classifier: Classifier) -> None:
+def test_word_pieces_are_merged_into_words(text: str, words: list[str], classifier: TorchClassifier) -> None:
     got = explain(classifier, text)
     assert [word.word for word in got.words] == words
     assert all(text[word.start : word.end] == word.word for word in got.words)
     assert words == WORDS.findall(text)
 
 
-def test_words_beyond_max_length_were_not_read(classifier: Classifier) -> None:
+def test_words_beyond_max_length_were_not_read(classifier: TorchClassifier) -> None:
     text = "the film was superb " * 10
     got = explain(classifier, text)
     read = [word for word in got.words if word.score is not None]
@@ -143,12 +143,12 @@ def test_words_beyond_max_length_were_not_read(classifier: Classifier) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n"])
-def test_a_blank_text_has_nothing_to_explain(text: str, classifier: Classifier) -> None:
+def test_a_blank_text_has_nothing_to_explain(text: str, classifier: TorchClassifier) -> None:
     with pytest.raises(InputError, match="nothing to explain"):
         explain(classifier, text)
 
 
-def test_without_captum_it_says_what_to_install(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_captum_it_says_what_to_install(classifier: TorchClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
     with pytest.raises(InputError, match=r"pip install 'headstart\[explain\]'"):
         explain(classifier, "the film")

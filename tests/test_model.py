@@ -53,7 +53,7 @@ def logits_of(predictor: Predictor) -> torch.Tensor:
     """Logits of TEXTS through the whole model, all in one padded batch."""
     tokens = predictor.classifier.tokenizer(TEXTS)
     pad_id = predictor.classifier.tokenizer.pad_id
-    return predictor.classifier.logits(*tokens.padded(np.arange(len(TEXTS)), pad_id))
+    return torch.from_numpy(predictor.classifier.logits(*tokens.padded(np.arange(len(TEXTS)), pad_id)))
 
 
 def saved(model: Any, encoder: Encoder, folder: Path) -> Predictor:

@@ -79,9 +79,10 @@ def test_a_text_that_occurs_twice_is_scored_once(predictor: Predictor, monkeypat
     scored = []
     real = type(predictor.classifier).logits
 
-    def counting(self: object, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> torch.Tensor:
+    def counting(self: object, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         scored.append(len(ids))
-        return real(predictor.classifier, ids, mask)
+        found: NDArray[np.float32] = real(predictor.classifier, ids, mask)
+        return found
 
     monkeypatch.setattr(type(predictor.classifier), "logits", counting)
     forgetful = Predictor(predictor.classifier)

@@ -204,10 +204,12 @@ def explain(
 
     from rich.console import Console
 
-    from headstart import predict, report, run
+    from headstart import report, run
+    from headstart.encoder import choose_placement
     from headstart.explain import explain
+    from headstart.model import load_run
 
-    found = explain(predict.load(folder, device=device, precision="fp32").classifier, text)
+    found = explain(load_run(folder, choose_placement(device, "fp32")), text)
     try:
         near = run.neighbours(Path(folder), text)
     except InputError as error:
@@ -221,6 +223,23 @@ def explain(
         if sys.stdout.isatty():
             Console().print(report.coloured_words(found))
         say(report.explanation_text(found, near))
+
+
+@app.command()
+def export(
+    folder: RunArgument,
+    int8: Annotated[bool, opt("--int8", "Weights in 8 bits: smaller and faster, a little less exact.")] = False,
+    force: Annotated[bool, opt("--force", "Keep an export that the gate would refuse.")] = False,
+    test: Annotated[
+        Words, opt("--test --test-file FILE", "A labelled table to judge by (the run's own test rows).")
+    ] = None,
+) -> None:
+    """Write RUN/onnx: predict and serve then need neither torch nor transformers. Refused if its answers differ."""
+    from headstart import report
+    from headstart.export import export
+
+    found = export(Path(folder), "int8" if int8 else "fp32", "warns" if force else "refuses", test)
+    say(report.filled("export.txt", {**vars(found), "run": folder}))
 
 
 @app.command()

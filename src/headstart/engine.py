@@ -7,22 +7,20 @@ is read, that layer works on it alone. Batches run side by side, a core each, ra
 numbers are in docs/performance.md. This room knows tensors and config.json; transformers would take seconds to start.
 """
 
-import contextlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headstart.parallel import Given, Made, in_threads
+
 ROW_STEP, TRAIN_ROW_STEP = 256, 64  # rows of products are multiples: oneDNN compiles, in milliseconds, for each number
 SHORT = 128  # up to so many tokens our own attention is faster than torch's, whose softmax is slow on short rows
 SAFE_SUMS = (1e-30, 1e30)  # sums of exponentials outside are computed again by torch, which subtracts the largest
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 Json = Mapping[str, Any]  # a model's config.json
 Params = Mapping[str, Tensor]
 Pair = tuple[Tensor, Tensor]  # a weight and a bias
@@ -60,17 +58,10 @@ def side_by_side(function: Callable[[Given], Made], items: Iterable[Given]) -> I
     if workers == 1:
         yield from map(function, items)
         return
-    waiting: deque[Future[Any]] = deque()
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, workers)
-        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)))
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # Ctrl-C waits for no batch that has not begun
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    try:
+        yield from in_threads(function, items, workers, partial(torch.set_num_threads, 1))
+    finally:
+        torch.set_num_threads(workers)
 
 
 class Engine:

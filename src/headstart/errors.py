@@ -49,6 +49,10 @@ class RunError(InputError):
     """A run folder cannot be read or written."""
 
 
+class ExportError(InputError):
+    """An exported model does not answer as its run does; the message has the numbers."""
+
+
 class DiskError(InputError):
     """The disk refused a write: full, read-only or forbidden."""
 

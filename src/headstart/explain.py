@@ -13,7 +13,7 @@ import torch
 
 from headstart.errors import InputError
 from headstart.features import Features
-from headstart.model import Classifier
+from headstart.model import TorchClassifier
 from headstart.predict import probabilities_of
 
 Method = Literal["integrated gradients", "gradients at a few points"]
@@ -47,7 +47,7 @@ class Explanation(NamedTuple):
     completeness_error: float
 
 
-def explain(classifier: Classifier, text: str, method: Method = "integrated gradients") -> Explanation:
+def explain(classifier: TorchClassifier, text: str, method: Method = "integrated gradients") -> Explanation:
     """Explain a text's label by integrated gradients (Sundararajan et al. 2017), or by a few of its points.
 
     An `InputError` if the text is blank, or captum, which integrates, is not installed; the quick way does without.

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
-from headstart.engine import NATIVE_HEADS, NativeScorer, PooledHead, PooledScorer, pooled_output, supports
+from headstart.engine import NATIVE_HEADS, NativeScorer, PooledHead, PooledScorer, pooled_output, side_by_side, supports
 from headstart.errors import ModelError, RunError, count_of
 from headstart.features import Features
-from headstart.tokens import Tokenizer, Tokens
+from headstart.parallel import Given, Made
+from headstart.runs import Classifier, read_about, read_json
+from headstart.tokens import Tokens
 
 SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
 """Families that stay themselves without their upper layers. ModernBERT ends in a norm; ALBERT's layers are one."""
@@ -239,20 +241,25 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A trained classifier, as a run folder holds it; `info` is headstart.json, empty if headstart did not train it."""
+class TorchClassifier(Classifier):
+    """A classifier that torch computes."""
 
     model: "PooledScorer | NativeScorer | LibraryScorer"
-    tokenizer: Tokenizer
-    names: tuple[str, ...]  # in label order
-    max_length: int  # what a text is cut to, in tokens
-    info: dict[str, Any]
 
-    def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> torch.Tensor:
-        """(batch, labels) fp32 logits of padded token ids."""
+    @property
+    def workers(self) -> int:
+        """As many as torch has threads."""
+        return torch.get_num_threads()
+
+    def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(batch, labels) logits of padded token ids."""
         where = self.model.device
         with torch.inference_mode():
-            return self.model(torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where)).float().cpu()
+            return self.model(torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where)).float().cpu().numpy()
+
+    def side_by_side(self, function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+        """As `engine.side_by_side`."""
+        return side_by_side(function, items)
 
 
 class LibraryScorer:
@@ -288,23 +295,15 @@ def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> N
     shutil.copyfile(Path(__file__).with_name("modeling_headstart.py"), folder / "modeling_headstart.py")
 
 
-def load_run(run: str | Path, placement: Placement) -> Classifier:
+def load_run(run: str | Path, placement: Placement) -> TorchClassifier:
     """Load a run folder (or another text classifier's), running no code in it; a `RunError` says what is amiss."""
     folder = Path(run)
-    config = read_json(folder, "config.json")
-    if not any("Classification" in name for name in config.get("architectures") or []):
-        raise RunError(f"{folder}: holds a model without a classification head; train one with headstart train.")
-    info = read_json(folder, "headstart.json") if (folder / "headstart.json").is_file() else {}
-    tokenizer_config = read_json(folder, "tokenizer_config.json")
+    about, config = read_about(folder), read_json(folder, "config.json")
     try:
-        model = _load_plain(folder, config, placement) or _load_transformers(folder, config, placement)
+        model = _load_plain(folder, config, placement) or LibraryScorer(load_library(folder, placement))
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
-    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out
-    names = tuple(labels[key] for key in sorted(labels, key=int))
-    limit = info.get("max_length") or min(int(tokenizer_config.get("model_max_length", 512)), 512)
-    pad_id = config.get("encoder", config).get("pad_token_id") or 0
-    return Classifier(model, Tokenizer.from_folder(folder, pad_id), names, limit, info)
+    return TorchClassifier(**about, model=model)
 
 
 def _load_plain(folder: Path, config: dict[str, Any], placement: Placement) -> PooledScorer | NativeScorer | None:
@@ -317,13 +316,13 @@ def _load_plain(folder: Path, config: dict[str, Any], placement: Placement) -> P
     return None
 
 
-def _load_transformers(folder: Path, config: dict[str, Any], placement: Placement) -> LibraryScorer:
-    """A transformers model; of ours the head stays fp32."""
+def load_library(folder: Path, placement: Placement) -> Any:
+    """The transformers model of a run folder, in eval mode; of ours the head stays fp32. It raises what they raise."""
     from transformers import AutoModelForSequenceClassification
 
     from headstart.modeling_headstart import HeadstartForSequenceClassification
 
-    pooled = config.get("model_type") == "headstart"
+    pooled = read_json(folder, "config.json").get("model_type") == "headstart"
     model_class = HeadstartForSequenceClassification if pooled else AutoModelForSequenceClassification
     with quiet_transformers():
         model, report = model_class.from_pretrained(
@@ -333,20 +332,4 @@ def _load_transformers(folder: Path, config: dict[str, Any], placement: Placemen
         raise ValueError(f"model.safetensors lacks {len(missing)} weights, such as {missing[0]}")
     model.to(placement.device)
     (model.encoder if pooled else model).to(placement.dtype)
-    return LibraryScorer(model.eval())
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """One of a run folder's JSON files; a `RunError` if it is not there or not JSON."""
-    path = folder / name
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder. headstart train makes one.")
-    if not path.exists():
-        raise RunError(f"{folder}: is not a run folder (it has no {name}). headstart train makes one.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise RunError(f"{path}: cannot be read ({error}).") from error
-    if isinstance(content, dict):
-        return content
-    raise RunError(f"{path}: is not a JSON object.")
+    return model.eval()

@@ -13,17 +13,15 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import polars as pl
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from polars.io.plugins import register_io_source
 
 from headstart.config import Device, Precision
-from headstart.encoder import choose_placement
-from headstart.engine import side_by_side
 from headstart.errors import DataError, InputError, disk_errors
 from headstart.folders import whole_file
-from headstart.model import Classifier, load_run
+from headstart.onnx import is_exported, load_exported
 from headstart.progress import bar
+from headstart.runs import Classifier
 from headstart.tables import file_format, find_column, parsing, refuse_nested, resolve_path, scan
 from headstart.tokens import like_length_batches
 
@@ -35,9 +33,11 @@ READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIM
 """Left to itself polars reads a few hundred megabytes of a CSV ahead of a slow reader, which scoring is."""
 
 
-def probabilities_of(logits: torch.Tensor) -> NDArray[np.float64]:
+def probabilities_of(logits: ArrayLike) -> NDArray[np.float64]:
     """Softmax of (n, labels) logits, in double precision so that rows sum to 1."""
-    return torch.softmax(logits.double(), dim=1).numpy()
+    exact = np.asarray(logits, np.float64)
+    powers = np.exp(exact - exact.max(axis=1, keepdims=True, initial=-np.inf))
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 class Scores(NamedTuple):
@@ -76,10 +76,10 @@ class Predictor:
         answers = {key: answer for key in keys if (answer := self.remembered.get(key))}
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
         pending = list(fresh.items())
-        size = min(CHUNK_ROWS, max(SMALLEST_CHUNK, -(-len(pending) // torch.get_num_threads())))
+        size = min(CHUNK_ROWS, max(SMALLEST_CHUNK, -(-len(pending) // self.classifier.workers)))
         chunks = (pending[start : start + size] for start in range(0, len(pending), size))
         with bar(progress, len(fresh), "texts") as advance:
-            for found in side_by_side(self._score, chunks):
+            for found in self.classifier.side_by_side(self._score, chunks):
                 answers |= found
                 advance(len(found), "")
         if len(self.remembered) + len(fresh) > MOST_REMEMBERED:
@@ -93,7 +93,7 @@ class Predictor:
         tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
         whole = tokenizer([text for _, text in fresh])
         tokens = tokenizer.truncate(whole, limit)
-        logits = torch.empty(len(tokens), len(self.names))
+        logits = np.empty((len(tokens), len(self.names)), np.float32)
         for index in like_length_batches(tokens.lengths):
             logits[index] = self.classifier.logits(*tokens.padded(index, tokenizer.pad_id))
         answers = zip(probabilities_of(logits), (whole.lengths > limit).tolist(), strict=True)
@@ -103,10 +103,23 @@ class Predictor:
 def load(
     run: str | Path, *, device: Device = "auto", precision: Precision = "auto", min_confidence: float | None = None
 ) -> Predictor:
-    """Load a run folder to predict with; a `RunError` if it is none, or a file in it is missing or damaged."""
+    """Load a run folder to predict with; a `RunError` if it is none, or a file in it is missing or damaged.
+
+    What `headstart export` made of it is used, without torch, unless a device or precision is asked for.
+    """
     if min_confidence is not None and not 0 <= min_confidence <= 1:
         raise InputError(f"--min-confidence takes a number from 0 to 1, and {min_confidence} was given.")
-    return Predictor(load_run(run, choose_placement(device, precision)), min_confidence or 0.0)
+    return Predictor(load_classifier(run, device, precision), min_confidence or 0.0)
+
+
+def load_classifier(run: str | Path, device: Device, precision: Precision) -> Classifier:
+    """A run folder's classifier, by onnxruntime where it was exported and nothing else is asked for, else by torch."""
+    if device in ("auto", "cpu") and precision == "auto" and is_exported(run):
+        return load_exported(run)
+    from headstart.encoder import choose_placement
+    from headstart.model import load_run
+
+    return load_run(run, choose_placement(device, precision))
 
 
 def answered_in_test(run: Path, min_confidence: float) -> tuple[float, float] | None:
@@ -166,7 +179,7 @@ def predict_file(predictor: Predictor, source: str, output: str, text: str | Non
 
     def scored() -> Iterator[pl.DataFrame]:  # this thread reads and writes, others tokenise and compute
         with bar("scoring", None, "texts") as advance:
-            for part, counts in side_by_side(score, read_parts(frame, path)):
+            for part, counts in predictor.classifier.side_by_side(score, read_parts(frame, path)):
                 totals.update(counts)
                 advance(part.height, "")
                 yield part

@@ -38,8 +38,9 @@ from headstart.explain import Neighbour, explain, nearest
 from headstart.features import Features, frozen_features
 from headstart.folders import new_folder, whole_file
 from headstart.judge import judge
-from headstart.model import Depth, check_depth, cool, load_run, read_json, save_model
+from headstart.model import Depth, check_depth, cool, load_run, save_model
 from headstart.predict import Predictor
+from headstart.runs import read_json
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
 from headstart.tokens import LengthAdvice, Tokens, advise_length
 from headstart.train import History

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 import headstart
-from headstart import config, predict
+from headstart import config
 from headstart.audit import audit
+from headstart.encoder import choose_placement
 from headstart.explain import Explanation, explain
+from headstart.model import load_run
+from headstart.predict import Predictor
 
 pytestmark = pytest.mark.real
 
@@ -70,11 +73,12 @@ def without(found: Explanation, starts: set[int]) -> str:
 @pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_top_three_words_count_more_than_three_others(count: int, sst2: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", str(sst2 / "train.csv"), sst2)
-    predictor, draw = predict.load(tmp_path / "run", precision="fp32"), random.Random(0)
+    classifier = load_run(tmp_path / "run", choose_placement("auto", "fp32"))
+    predictor, draw = Predictor(classifier), random.Random(0)
     texts = draw.sample([text for text, _ in rows_of(sst2 / "test.csv") if len(text.split()) > 5], count)
     more = 0
     for text in texts:
-        found = explain(predictor.classifier, text)
+        found = explain(classifier, text)
         label = predictor.names.index(found.label)
         top = sorted(found.words, key=lambda word: -(word.score or 0.0))[:3]
         left = [without(found, {word.start for word in some}) for some in (top, draw.sample(found.words, 3))]
