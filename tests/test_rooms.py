@@ -36,9 +36,18 @@ ROOMS = (
     "run",
     "selfcheck",
     "export",
+    "serve.queue",
+    "serve.schema",
+    "serve.guard",
+    "serve.app",
+    "serve.server",
     "__init__",
     "cli",
 )
+
+
+def file_of(room: str) -> Path:
+    return SOURCE.joinpath(*room.split(".")).with_suffix(".py")
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -47,22 +56,25 @@ def imported_rooms(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "headstart":
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "headstart.serve":
+            found |= {f"serve.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("headstart."):
-            found.add(node.module.split(".")[1])
+            found.add(node.module.removeprefix("headstart."))
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("headstart.")}
     return found
 
 
 def test_every_file_is_a_listed_room() -> None:
-    assert {path.stem for path in SOURCE.glob("*.py")} == set(ROOMS)
+    found = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
+    assert found - {"serve.__init__"} == set(ROOMS)
 
 
 def test_rooms_import_only_rooms_above_them() -> None:
     seen_any = False
     for place, room in enumerate(ROOMS):
         above = set(ROOMS[:place])
-        imports = imported_rooms(SOURCE / f"{room}.py")
+        imports = imported_rooms(file_of(room))
         seen_any |= bool(imports)
         assert imports <= above, f"{room} imports {sorted(imports - above)}, which stand below it"
     assert seen_any
@@ -70,7 +82,7 @@ def test_rooms_import_only_rooms_above_them() -> None:
 
 def test_every_room_says_what_it_knows() -> None:
     for room in ROOMS:
-        docstring = ast.get_docstring(ast.parse((SOURCE / f"{room}.py").read_text(encoding="utf-8")))
+        docstring = ast.get_docstring(ast.parse(file_of(room).read_text(encoding="utf-8")))
         assert docstring, room
         assert len(docstring.split()) >= 10, room
 
@@ -79,7 +91,8 @@ def test_every_room_has_a_test_file() -> None:
     tests = Path(__file__).parent
     for room in ROOMS:
         if room != "__init__":
-            assert (tests / f"test_{room}.py").is_file(), room
+            *folders, name = room.split(".")
+            assert tests.joinpath(*folders, f"test_{name}.py").is_file(), room
 
 
 def test_the_public_surface() -> None:

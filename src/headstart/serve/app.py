@@ -7,15 +7,11 @@ was not exported. No text is ever logged.
 import asyncio
 import contextlib
 import functools
-import hmac
-import json
-import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -23,131 +19,49 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, Field, StrictBool, field_validator
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.config import ServeConfig
 from headstart.errors import HeadstartError
 from headstart.predict import ABSTAIN, probabilities_of, token_logits
 from headstart.runs import Classifier, read_json
+from headstart.serve.guard import Door, Guard
 from headstart.serve.queue import Batcher, EngineDownError, Ids, Logits, OverloadedError, PoisonError
+from headstart.serve.schema import (
+    RESPONSES,
+    ErrorAnswer,
+    ExplainRequest,
+    LabelScore,
+    PipelineRequest,
+    PredictRequest,
+    RefusedError,
+    failure,
+)
 from headstart.tokens import ragged
 
 PAGE = Path(__file__).with_name("page")
-OPEN = ("/", "/health", "/docs", "/openapi.json")  # what needs no key, with the page's files; POST / does
 SHORT = 20_000  # characters that are tokenised at once; more, in a thread
 BATCH_TOKENS = 4096
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-LOG = logging.getLogger("headstart.serve")
+TOLD = ("n", "accuracy", "accuracy_ci95", "macro_f1", "ece")  # of the test part
 Answer = TypeVar("Answer")
-
-
-class ErrorAnswer(BaseModel):
-    """What went wrong, and which kind of thing that is."""
-
-    error: str
-    error_type: str
-
-
-class LabelScore(BaseModel):
-    """A label and how likely it is, or its logit."""
-
-    score: float
-    label: str
-
-
-def told(**schema: Any) -> Any:
-    """What the schema says of a field whose refusals we word ourselves."""
-    return Field(json_schema_extra=schema)
-
-
-Text = Annotated[str, told(minLength=1, pattern=r"\S")]
-
-
-class PredictRequest(BaseModel):
-    """One text, or a batch of them: [["a"], ["b"]]."""
-
-    inputs: Text | Annotated[list[Annotated[list[Text], told(minItems=1, maxItems=1)]], told(minItems=1, maxItems=32)]
-    truncate: StrictBool = Field(default=True, description="Cut what is too long, rather than refuse it.")
-    raw_scores: StrictBool = Field(default=False, description="Logits instead of probabilities.")
-
-    @field_validator("inputs", mode="before")
-    @classmethod
-    def no_pairs(cls, inputs: Any) -> Any:
-        """Refuse sentence pairs, with a message that shows a batch."""
-        if isinstance(inputs, list) and any(not isinstance(one, list) or len(one) != 1 for one in inputs):
-            raise ValueError(
-                'A list of strings is a sentence pair, which this model does not take; a batch is [["a"], ["b"]].'
-            )
-        return inputs
-
-
-class Parameters(BaseModel):
-    """What Hugging Face's clients may ask for."""
-
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
-
-
-class PipelineRequest(BaseModel):
-    """As Hugging Face's inference API has it: a text or several."""
-
-    inputs: Text | Annotated[list[Text], told(minItems=1, maxItems=32)]
-    parameters: Parameters = Parameters()
-
-
-class ExplainRequest(BaseModel):
-    """A text whose label is to be explained."""
-
-    inputs: Text
-
-
-class RefusedError(HeadstartError):
-    """A request that gets an answer of this status."""
-
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.kind = status, kind
-
-
-STATUSES = {400: "Empty", 401: "Unauthorized", 413: "Too large", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorAnswer, "description": STATUSES[code]} for code in STATUSES
-}
-
-
-def failure(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error as both dialects have it."""
-    needed = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
-    return JSONResponse({"error": message, "error_type": kind}, status, headers or needed.get(status))
 
 
 class Service:
     """A run folder's classifier with its queue: what the endpoints answer from."""
 
     def __init__(self, run: Path, classifier: Classifier, config: ServeConfig, key: str | None = None) -> None:
-        self.run, self.classifier, self.config, self.key = run, classifier, config, key
+        self.run, self.classifier, self.config = run, classifier, config
         self.registry = CollectorRegistry()
-
-        def metric(kind: Any, name: str, about: str, labels: Sequence[str] = (), **more: Any) -> Any:
-            return kind(f"headstart_{name}", about, labels, registry=self.registry, **more)
-
-        self.requests = metric(Counter, "requests", "Requests answered.", ("path", "status"))
-        self.seconds = metric(Histogram, "request_seconds", "Seconds from request to answer.", ("path",))
-        self.rejected = metric(Counter, "rejected", "Requests refused since too many texts waited.")
-        sizes = metric(Histogram, "batch_texts", "Texts scored together.", buckets=[2**i for i in range(10)])
+        sizes = Histogram(
+            "headstart_batch_texts", "Texts scored together.", buckets=[2**i for i in range(10)], registry=self.registry
+        )
         limits = {"most_waiting": config.max_waiting, "most_tokens": BATCH_TOKENS}
         self.batcher = Batcher(self.score, **limits, on_batch=sizes.observe)
-        metric(Gauge, "queue_texts", "Texts that wait.").set_function(lambda: self.batcher.admitted)
-        self.explaining = asyncio.Lock()
+        waiting = Gauge("headstart_queue_texts", "Texts that wait.", registry=self.registry)
+        waiting.set_function(lambda: self.batcher.admitted)
+        self.door = Door(config, key, lambda: self.batcher.admitted, self.registry)
+        self.explaining = threading.Lock()
 
     def score(self, texts: Sequence[Ids]) -> Logits:
         """(n, labels) logits of token ids, shared by all cores."""
@@ -221,16 +135,18 @@ class Service:
         if not self.explains:
             raise RefusedError(404, "Not found", "This run was exported; only torch can explain.")
         check_readable([body.inputs])
-        if self.explaining.locked():
-            raise OverloadedError("Another text is being explained.")
-        async with self.explaining:
-            return JSONResponse(await self.unless_left(request, asyncio.to_thread(self.explanation, body.inputs)))
+        return JSONResponse(await self.unless_left(request, asyncio.to_thread(self.explanation, body.inputs)))
 
     def explanation(self, text: str) -> dict[str, Any]:
-        """An explanation as JSON has it."""
+        """An explanation as JSON has it, one at a time; it goes on where nobody waits any more."""
         from headstart.explain import explain
 
-        found = explain(self.exact, text, "gradients at a few points")
+        if not self.explaining.acquire(blocking=False):
+            raise OverloadedError("Another text is being explained.")
+        try:
+            found = explain(self.exact, text, "gradients at a few points")
+        finally:
+            self.explaining.release()
         return {**found._asdict(), "words": [word._asdict() for word in found.words]}
 
     @functools.cached_property
@@ -249,10 +165,8 @@ class Service:
     async def info(self) -> Response:
         """What is served, how it did on its test part, and its limits."""
         names, info, config = self.classifier.names, self.classifier.info, self.config
-        tested = {}
-        if (self.run / "metrics.json").is_file():
-            tested = read_json(self.run, "metrics.json").get("test", {})
-        wanted = ("n", "accuracy", "accuracy_ci95", "macro_f1", "ece")
+        has_test = (self.run / "metrics.json").is_file()
+        tested = read_json(self.run, "metrics.json")["test"] if has_test else {}
         return JSONResponse(
             {
                 "model_id": self.run.resolve().name,
@@ -266,7 +180,7 @@ class Service:
                 "calibrated": info.get("calibration", {}).get("method", "none") != "none",
                 "min_confidence": config.min_confidence,
                 "explains": self.explains,
-                "test": {name: tested[name] for name in wanted} if tested else None,
+                "test": {name: tested[name] for name in TOLD} if tested else None,
                 "limits": info.get("limits", []),
             }
         )
@@ -275,8 +189,8 @@ class Service:
         """The page, for a browser; else what `/info` says."""
         if "text/html" in request.headers.get("accept", ""):
             return FileResponse(PAGE / "index.html")
-        if not self.lets_in(request.headers.get("authorization", "").encode("latin-1")):
-            raise RefusedError(401, "Unauthorized", UNAUTHORIZED)
+        if not self.door.opens(request.headers.get("authorization", "").encode("latin-1")):
+            raise RefusedError(401, "Unauthorized", "A key is needed: Authorization: Bearer KEY.")
         return await self.info()
 
     async def docs(self) -> Response:
@@ -292,14 +206,6 @@ class Service:
     async def metrics(self) -> Response:
         """For Prometheus."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def lets_in(self, authorization: bytes) -> bool:
-        """Whether the key, if there is one, came with a request."""
-        given = authorization.removeprefix(b"Bearer ")
-        return self.key is None or hmac.compare_digest(given, self.key.encode())
-
-
-UNAUTHORIZED = "A key is needed: Authorization: Bearer KEY."
 
 
 def check_readable(texts: Sequence[str]) -> None:
@@ -338,7 +244,7 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> F
     app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, on_http)  # type: ignore[arg-type]
     app.add_exception_handler(HeadstartError, on_refused)  # type: ignore[arg-type]
-    app.add_middleware(Guard, service=service)
+    app.add_middleware(Guard, door=service.door)
     return app
 
 
@@ -361,71 +267,3 @@ async def on_refused(_: Request, error: HeadstartError) -> Response:
         return failure(error.status, error.kind, str(error))
     kinds = {OverloadedError: (429, "Overloaded"), EngineDownError: (503, "Unhealthy"), PoisonError: (422, "Backend")}
     return failure(*kinds[type(error)], str(error))
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Before a request's body is read: the key, a place in the queue, its size. After: headers, metrics, a log."""
-
-    app: ASGIApp
-    service: Service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on to the application, one request."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        begun, status, path = time.perf_counter(), 499, scope["path"]
-
-        async def sent(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-            await send(message)
-
-        try:
-            refusal, taken = await self.checked(scope, receive)
-            await (refusal or self.app)(scope, taken, sent)
-        finally:
-            known = path if path in KNOWN else "other"
-            seconds = time.perf_counter() - begun
-            self.service.requests.labels(known, status).inc()
-            self.service.rejected.inc(status == 429)
-            self.service.seconds.labels(known).observe(seconds)
-            entry = {"method": scope["method"], "path": known, "status": status, "ms": round(1000 * seconds, 1)}
-            LOG.info(json.dumps(entry))
-
-    async def checked(self, scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
-        """An answer if a request is refused already, and what hands out its body."""
-        service, config = self.service, self.service.config
-        headers = dict(scope["headers"])
-        post = scope["method"] == "POST"
-        is_open = (scope["path"] in OPEN and not post) or scope["path"].startswith("/page/")
-        if not is_open and not service.lets_in(headers.get(b"authorization", b"")):
-            return failure(401, "Unauthorized", UNAUTHORIZED), receive
-        if not post:
-            return None, receive
-        if service.batcher.admitted >= config.max_waiting:
-            return failure(429, "Overloaded", f"{service.batcher.admitted:,} texts wait already."), receive
-        body, more = bytearray(), True
-        too_large = failure(413, "Too large", f"The body is over {config.max_body_bytes:,} bytes.")
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > config.max_body_bytes:
-            return too_large, receive
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                break
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > config.max_body_bytes:
-                return too_large, receive
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def taken() -> Message:
-            return whole.pop() if whole else await receive()
-
-        return None, taken
-
-
-KNOWN = ("/", "/predict", "/explain", "/info", "/health", "/metrics", "/docs", "/openapi.json")

@@ -16,7 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from headstart.config import Device, Precision, ServeConfig
 from headstart.errors import InputError, StoppedEarlyError
 from headstart.predict import load
-from headstart.serve.app import LOG, Service, make_app
+from headstart.serve.app import Service, make_app
+from headstart.serve.guard import LOG
 
 GRACE = 30  # seconds in which what was accepted is answered after SIGTERM
 MOST_HEADER_BYTES = 65_536
