@@ -488,7 +488,7 @@ FAULTY: dict[str, tuple[str, "str | bytes", list[str]]] = {
     "a CSV called parquet": ("t.parquet", lines(*good()), ["not a whole .parquet table"]),
     "truncated parquet.gz": ("t.parquet.gz", gzip.compress(parquet(ROWS))[:-9], ["not a whole gzip file"]),
     "broken JSON line": ("t.jsonl", json_lines(ROWS) + b'{"sentence": \n[1]\n', ["rows 25 and 26 are no records"]),
-    "broken JSON": ("t.json", '[{"sentence": "a"},\n\n {"sen', ["not whole JSON (line 3"]),
+    "broken JSON": ("t.json", '[{"sentence": "a"},\n\n {"sen', ["not whole JSON (", "line 3"]),
     "JSON of numbers": ("t.json", "[1, 2]", ["rows 1 and 2 are no records"]),
     "nested JSON": ("t.json", '[{"sentence": ["a"], "label": 1}]', ["'sentence' holds lists or records"]),
     "one label": (

@@ -43,7 +43,7 @@ def test_another_ending_is_refused(name: str) -> None:
 def test_the_delimiter_is_read_off_the_header(tmp_path: Path, header: str, delimiter: str) -> None:
     path = tmp_path / "t.csv"
     path.write_text(header + "\nx,y;z\n")
-    assert tables.read_header(str(path))[0] == delimiter
+    assert tables.read_delimiter(str(path)) == delimiter
 
 
 def test_rows_are_named_or_counted() -> None:
@@ -70,7 +70,7 @@ def test_columns_are_found_by_role() -> None:
 def test_a_broken_file_is_looked_at_closely(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('sentence,label\na,1\nb\nc,d,2\n"open,1\n')
-    (opened, few, many) = tables.ragged_rows(str(path))
+    (opened, few, many) = tables.faults(str(path))
     assert "row 5 opens a quote that is never closed" in opened
     assert "row 3 has 1 field where the header has 2" in few
     assert "row 4 has 3 fields where the header has 2" in many

@@ -4,9 +4,7 @@ A checkpoint is a folder of tensors and a JSON state, with a manifest of their s
 synced, then renamed. This room knows files; what the tensors mean is the loop's business.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.errors import RunError, count_of, disk_errors
-from headstart.folders import beside, new_folder
+from headstart.folders import beside, file_sha256, new_folder
 
 KEPT = 2  # the newest, and one to fall back on
 PLAN = "checkpoint-plan.json"  # in a folder while its run is being fine-tuned: how deep
@@ -53,11 +51,10 @@ class Checkpoints:
         with new_folder(self.folder / f"checkpoint-{step}", overwrite=True) as folder:
             save_file(dict(tensors), folder / TENSORS)
             (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-            sums = {name: _sha256(folder / name) for name in (TENSORS, STATE)}
+            sums = {name: file_sha256(folder / name) for name in (TENSORS, STATE)}
             (folder / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
         for old in sorted(self._newest_first(), key=lambda place: _step(place) > step)[KEPT:]:
-            doomed = old.rename(old.with_name(f".{old.name}.{os.getpid()}.old"))  # never half there under its name
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)  # what a kill leaves of it does not verify
         self.written = time.monotonic()
 
     def newest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -65,7 +62,7 @@ class Checkpoints:
         for place in self._newest_first():
             try:
                 sums = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-                if damaged := [name for name in (TENSORS, STATE) if _sha256(place / name) != sums.get(name)]:
+                if damaged := [name for name in (TENSORS, STATE) if file_sha256(place / name) != sums.get(name)]:
                     raise ValueError(f"{damaged[0]} is not as it was written")
                 state = json.loads((place / STATE).read_text(encoding="utf-8"))
             except (OSError, ValueError, AttributeError) as error:
@@ -84,11 +81,6 @@ def _step(place: Path) -> int:
     return int(place.name[11:])
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_unfinished(out: Path) -> bool:
     """Whether a folder holds a run that was ended while it was being fine-tuned."""
     return (out / PLAN).is_file()
@@ -100,13 +92,13 @@ def check_out(out: Path, *, overwrite: bool, resume: bool = False) -> None:
         if out.is_file():
             raise RunError(f"{out}: is a file; --out takes a folder.")
         unfinished = is_unfinished(out)
-        if out.is_dir() and any(out.iterdir()) and not (resume and unfinished):
-            if not overwrite:
-                going_on = "holds a run that has not ended. Go on with it by --resume"
-                what = going_on if unfinished else "is not empty. Choose another --out"
-                raise RunError(f"{out}: {what}, or replace it with --overwrite.")
-            if not (out / "headstart.json").is_file() and not unfinished:
-                raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
+        taken = out.is_dir() and any(out.iterdir()) and not (resume and unfinished)
+        if taken and not overwrite:
+            what = "is not empty. Choose another --out"
+            what = "holds a run that has not ended. Go on with it by --resume" if unfinished else what
+            raise RunError(f"{out}: {what}, or replace it with --overwrite.")
+        if taken and not unfinished and not (out / "headstart.json").is_file():
+            raise RunError(f"{out}: is not a run folder (no headstart.json), so --overwrite does not replace it.")
         # Its missing folders are made when there is something to put into them.
         place = next(folder for folder in out.absolute().parents if folder.exists())
         probe = beside(place / out.name, "tmp")

@@ -42,9 +42,7 @@ class TrainConfig:
     checkpoint_minutes: float = 10.0  # Minutes between checkpoints of fine-tuning; one at each epoch's end as well.
     keep_checkpoints: bool = False  # Leave the last checkpoints in the run folder.
     resume: bool = False  # Go on from the newest whole checkpoint in the run folder.
-    head: HeadKind = (
-        "auto"  # `pooled`: on layers' means; `native`: the architecture's own; `auto`: pooled while frozen.
-    )
+    head: HeadKind = "auto"  # `pooled`: on layers' means; `native`: the architecture's own; `auto`: pooled if frozen.
     head_features: tuple[str, ...] | None = None  # What a pooled head reads: `pooler`, `cls`, `mean-K`; None: picked.
     head_width: int | None = None  # Width of a pooled head's hidden layer, 0 for none; None: picked on validation data.
     head_dropout: float = 0.2  # Dropout in a pooled head's hidden layer.
@@ -82,7 +80,7 @@ class TrainConfig:
             if get_origin(field.type) is Literal and value not in known:
                 raise InputError(f"--{field.name.replace('_', '-')} takes {', '.join(known)}, not {value!r}.")
         article, native, pooled = self.recipe == "article", self.head == "native", self.head == "pooled"
-        thawed, searched = self.thaw != "0", not article and not native and self.thaw in ("0", "auto")
+        thawed, fixed = self.thaw != "0", article or native or self.thaw not in ("0", "auto")
         depth = not thawed or self.thaw in ("all", "auto") or (self.thaw.isdecimal() and int(self.thaw) > 0)
         problems = {
             f"--seed must be less than 4294967296, and {self.seed} was given.": self.seed >= 2**32,
@@ -91,8 +89,7 @@ class TrainConfig:
             f"--thaw {self.thaw} does not go with --head pooled.": thawed and pooled,
             "--overwrite starts anew and --resume goes on: give one of them.": self.overwrite and self.resume,
             "--recipe article has a head of its own: leave out --head native.": article and native,
-            "--trials does not go with --recipe article, --head native or a given --thaw.": self.trials
-            and not searched,
+            "--trials does not go with --recipe article, --head native or a given --thaw.": self.trials and fixed,
         }
         for problem, there in problems.items():
             if there:

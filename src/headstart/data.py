@@ -90,46 +90,45 @@ def load(
     path = resolve_path(source)
     table, columns = read_columns(path, text=text, label=label)
     texts = from_spreadsheets(table[columns[0]].cast(pl.String)).fill_null("").to_list()
-    readings = [label_texts(table[columns[1]], names) for names in known or [()]]
+    readings = [(names, label_texts(table[columns[1]], names)) for names in known or [()]]
+    names, labels = min(readings, key=lambda reading: len(set(reading[1]) - {"", *reading[0]}))
+    pairs = zip(texts, labels, strict=True)
+    lacking = np.array(["text" if not one.strip() else "" if name else "label" for one, name in pairs])
     rows = np.arange(len(texts)) + (2 if is_delimited(path) else 1)  # as a spreadsheet counts: the header is row 1
-    no_text = np.array([not one.strip() for one in texts])
-    no_label = np.array([not one for one in readings[0]]) & ~no_text
     notices = list[str]()
-    for what, blank in (("text", no_text), ("label", no_label)):
-        if empty := rows[blank].tolist():
+    for what in ("text", "label"):
+        if empty := rows[lacking == what].tolist():
             notices.append(f"{path}: dropped {count_of(len(empty), 'row')} with an empty {what} ({name_rows(empty)}).")
-    kept = np.flatnonzero(~no_text & ~no_label)
-    rows, texts = rows[kept], [texts[i] for i in kept]
-    readings = [[reading[i] for i in kept] for reading in readings]
+    kept = np.flatnonzero(lacking == "")
+    rows, texts, labels = rows[kept], [texts[i] for i in kept], [labels[i] for i in kept]
+    present = set(labels)
     too_few = f"{path}: has {count_of(len(texts), 'usable row')}, and at least {least_rows} are needed."
     problems = [too_few] if len(texts) < least_rows else []
     if not known:
-        known = [names := label_order(set(readings[0]))]
+        known = [names := label_order(present)]
         if len(names) == 1:
             problems.append(f"{path}: every row has the label {shown(names[0])}; at least two labels are needed.")
         elif len(names) > max(2, len(texts) // 2):
             many = f"the column {columns[1]!r} has {len(names):,} different values in {len(texts):,} rows"
             problems.append(f"{path}: {many}, so it is no label. Choose the label's column with --label COLUMN.")
-    places = [{name: i for i, name in enumerate(names)} for names in known]
-    strange = [set(reading) - place.keys() for reading, place in zip(readings, places, strict=True)]
-    best = min(range(len(known)), key=lambda i: len(strange[i]))
-    trained_on = ", ".join(known[best])
-    for one in sorted(strange[best]):
-        where = name_rows([row for row, label in zip(rows.tolist(), readings[best], strict=True) if label == one])
+    trained_on = ", ".join(names)
+    for one in sorted(present - set(names)):
+        where = name_rows([row for row, name in zip(rows.tolist(), labels, strict=True) if name == one])
         problems.append(f"{path}: the label {shown(one)} ({where}) is not one of those trained on: {trained_on}.")
     if problems:
         raise DataError(problems)
-    fitting = [[places[i][label] for label in readings[i]] for i in range(len(known)) if not strange[i]]
-    if any(other != fitting[0] for other in fitting):
+    place = {name: i for i, name in enumerate(names)}
+    if any(present <= set(other) and any(other[place[one]] != one for one in present) for other in known):
         not_so = f"not as the names shown for them ({', '.join(known[-1])})"
         notices.append(f"{path}: its labels are read as those trained on ({trained_on}), {not_so}.")
-    found = Counter(key for key, _ in dict.fromkeys(zip(map(text_key, texts), readings[best], strict=True)))
+    found = Counter(key for key, _ in dict.fromkeys(zip(map(text_key, texts), labels, strict=True)))
     if repeats := len(texts) - len(found):
         notices.append(f"{path}: {repeats:,} row{'s repeat' if repeats != 1 else ' repeats'} an earlier row's text.")
     if conflicts := [key for key, labels in found.items() if labels > 1]:
         stand = f"{count_of(len(conflicts), 'text')} stand{'s' if len(conflicts) == 1 else ''} there"
         notices.append(f"{path}: {stand} with different labels (for example {shown(conflicts[0], 60)}).")
-    return Dataset(texts, np.array(fitting[0]), tuple(known[-1]), rows, tuple(notices), columns, path)
+    indexes = np.array([place[one] for one in labels])
+    return Dataset(texts, indexes, tuple(known[-1]), rows, tuple(notices), columns, path)
 
 
 def load_texts(source: str, text: str | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from headstart import folders
 from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
 from headstart.engine import Engine, Params, side_by_side, supports
 from headstart.errors import ModelError
@@ -120,8 +121,7 @@ def file_sha256(path: Path) -> str:
 
 @functools.cache
 def _sha256(path: Path, version: tuple[int, ...]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return folders.file_sha256(path)
 
 
 def load_tokenizer(folder: Path) -> tuple[Any, Tokenizer]:

@@ -1,21 +1,21 @@
 """The on-disk store of what the frozen encoder produced, so that it is computed once.
 
 A *shelf* is a folder for one encoder and layout; it holds immutable *segments*, each a safetensors file of keys
-(16 bytes a text), vectors (half precision) and a checksum a row. A segment is written beside its place, synced and
-renamed, so readers need no lock. A text's key is a hash of its truncated token ids, which covers the tokenizer and
+(16 bytes a text) and vectors (half precision), with its sha256 in the name. It is written beside its place, synced
+and renamed, so readers need no lock. A text's key is a hash of its truncated token ids, which covers the tokenizer and
 max_length (what another one does not cut is reused); all else that changes the answer is in the shelf's name.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 import uuid
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,16 +30,17 @@ from safetensors.numpy import save
 
 from headstart.config import CACHE_MAX_BYTES
 from headstart.encoder import Encoder, encode, stored_layout
-from headstart.errors import InputError, count_of, disk_errors
-from headstart.folders import reserve, whole_file
+from headstart.errors import InputError, disk_errors
+from headstart.folders import file_sha256, reserve, whole_file
 from headstart.progress import bar
 from headstart.tokens import Tokens
 
 Keys = NDArray[np.void]
-FORMAT = "1"
+FORMAT = "2"
 KEY_BYTES = 16
 READ_ROWS = 1024
 SEGMENT_BYTES = 64 * 1024**2  # a segment is written when this much is ready: an interrupted pass keeps what it has done
+STORED = ("*/*.safetensors", "*/*.npy")  # of features; and of hidden states, which fine-tuning keeps there
 IN_MEMORY_SHARE = 0.25  # of the memory that is free, what one array may take; a larger one is mapped from disk
 
 
@@ -107,81 +108,70 @@ def roomy(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) ->
 
 
 class Shelf:
-    """Stored vectors of one encoder and layout, (vectors, hidden) a text, in one folder; `warnings` tells of damage."""
+    """Stored vectors of one encoder and layout, in one folder; `warnings` tells of damage."""
 
     def __init__(self, encoder: Encoder, layout: Sequence[str]) -> None:
         name = hashlib.sha256(json.dumps([FORMAT, encoder.fingerprint, list(layout)]).encode()).hexdigest()[:32]
-        self.folder, self.shape = cache_folder() / "features" / name, (len(layout), encoder.hidden)
+        self.folder = cache_folder() / "features" / name
         self.warnings: list[str] = []
 
     def lookup(self, keys: Keys, into: NDArray[np.float16]) -> NDArray[np.bool_]:
         """Copy what is stored under `keys` into the rows of `into`; (n,) whether each was found, not so if damaged."""
         found = np.zeros(len(keys), dtype=bool)
-        for _, _, path in reversed(by_age(self.folder.glob("*.safetensors"))):
+        for _, _, path in reversed(by_age(self.folder, "*.safetensors")):
+            missing = np.flatnonzero(~found)
+            if not len(missing):
+                break
             try:
-                damage = "" if found.all() else self._copy_from(path, keys, into, found)
+                with safe_open(path, framework="numpy") as segment:
+                    stored = np.ascontiguousarray(segment.get_tensor("keys")).view(f"V{KEY_BYTES}")
+                    _, rows, here = np.intersect1d(stored, keys[missing], return_indices=True)
+                    if not len(rows):
+                        continue
+                    if not path.stem.endswith(file_sha256(path)):
+                        raise ValueError("its checksum is another")
+                    into[missing[here]] = segment.get_tensor("values")[rows]
             except FileNotFoundError:
-                continue  # evicted by another process between listing and opening
-            except (SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
-                damage = f"cannot be read ({error})"
-            if damage:
-                self.warnings.append(f"The feature store's file {path} {damage}; those texts are encoded again.")
+                continue  # evicted by another process meanwhile
+            except (SafetensorError, ValueError, OSError) as error:
+                why = f"cannot be read ({error}); those texts are encoded again."
+                self.warnings.append(f"The feature store's file {path} {why}")
                 with contextlib.suppress(OSError):
                     path.unlink()
+                continue
+            found[missing[here]] = True
+            with contextlib.suppress(OSError):  # a read-only cache still serves
+                os.utime(path)
         return found
-
-    def _copy_from(self, path: Path, keys: Keys, into: NDArray[np.float16], found: NDArray[np.bool_]) -> str:
-        """Copy what a segment has of the texts not yet found; returns what is amiss with it, or nothing."""
-        with safe_open(path, framework="numpy") as segment:
-            stored = np.ascontiguousarray(segment.get_tensor("keys"))
-            missing = np.flatnonzero(~found)
-            _, rows, here = np.intersect1d(stored.view(f"V{KEY_BYTES}"), keys[missing], return_indices=True)
-            targets = missing[here]
-            if not len(rows):
-                return ""
-            sums, values = segment.get_tensor("checksums"), segment.get_tensor("values")
-        if values.shape[1:] != self.shape or len(stored) != len(values) or len(sums) != len(values):
-            raise ValueError("its shape is not the shelf's")
-        whole = checksums(stored[rows], values[rows]) == sums[rows]
-        into[targets[whole]] = values[rows[whole]]
-        found[targets[whole]] = True
-        with contextlib.suppress(OSError):  # a read-only cache still serves
-            os.utime(path)
-        return "" if whole.all() else f"has {count_of(int((~whole).sum()), 'damaged row')}"
 
     def append(self, keys: Keys, values: NDArray[np.float16]) -> None:
         """Write a segment: synced, then renamed, under the store's lock; then evict. A `DiskError` if it cannot be."""
         flat = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        data = save({"keys": flat, "checksums": checksums(flat, values), "values": np.ascontiguousarray(values)})
+        data = save({"keys": flat, "values": np.ascontiguousarray(values)})
         store = self.folder.parent
         with disk_errors(store), FileLock(store / "lock"):
             for orphan in store.glob("*/.*.safetensors.*.tmp"):  # of a killed writer: a living one holds the lock
                 orphan.unlink(missing_ok=True)
-            with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
+            name = f"{uuid.uuid4().hex[:8]}-{hashlib.sha256(data).hexdigest()}.safetensors"
+            with whole_file(self.folder / name) as part:
                 part.write_bytes(data)
             evict(store)
 
 
 def evict(store: Path) -> None:
     """Delete what was used longest ago while the store is over its cap."""
-    segments = by_age([*store.glob("*/*.safetensors"), *store.glob("*/*.npy")])
-    excess = sum(size for _, size, _ in segments) - cache_max_bytes()
-    for _, size, path in segments:
+    files = by_age(store, *STORED)
+    excess = sum(size for _, size, _ in files) - cache_max_bytes()
+    for _, size, path in files:
         if excess > 0:
             path.unlink(missing_ok=True)
             excess -= size
 
 
-def checksums(keys: NDArray[np.uint8], values: NDArray[np.float16]) -> NDArray[np.uint32]:
-    """(n,) CRC-32 of each row's key and vectors."""
-    sums = [zlib.crc32(value.tobytes(), zlib.crc32(key.tobytes())) for key, value in zip(keys, values, strict=True)]
-    return np.array(sums, dtype=np.uint32)
-
-
-def by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
-    """Time of the last use (ns), bytes and path of each segment still there, the one used longest ago first."""
+def by_age(folder: Path, *patterns: str) -> list[tuple[int, int, Path]]:
+    """Time of the last use (ns), bytes and path of each file of these names, the one used longest ago first."""
     found = []
-    for path in paths:
+    for path in itertools.chain.from_iterable(map(folder.glob, patterns)):
         with contextlib.suppress(OSError):
             found.append(((stat := path.stat()).st_mtime_ns, stat.st_size, path))
     return sorted(found)
@@ -195,7 +185,7 @@ def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
     layout = stored_layout(encoder)
     shelf = Shelf(encoder, layout)
     keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
-    values = roomy((len(keys), *shelf.shape), np.float16)
+    values = roomy((len(keys), len(layout), encoder.hidden), np.float16)
     missing = np.flatnonzero(~shelf.lookup(keys, values))
     left, unsaved = len(missing), missing[:0]
     with bar("encoding" if left else None, left, "texts") as advance:
@@ -222,12 +212,13 @@ class CacheInfo(NamedTuple):
 def cache_info() -> CacheInfo:
     """Count what the store holds; files that cannot be read count as bytes only."""
     store = cache_folder() / "features"
-    segments = by_age(store.glob("*/*.safetensors"))
-    texts, size = 0, sum(size for _, size, _ in [*segments, *by_age(store.glob("*/*.npy"))])  # hidden states, too
-    for _, _, path in segments:
+    files = by_age(store, *STORED)
+    segments = [path for _, _, path in files if path.suffix == ".safetensors"]
+    texts, size = 0, sum(size for _, size, _ in files)
+    for path in segments:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as segment:
-            texts += segment.get_slice("checksums").get_shape()[0]
-    return CacheInfo(store, texts, len({path.parent for _, _, path in segments}), size, cache_max_bytes())
+            texts += segment.get_slice("keys").get_shape()[0]
+    return CacheInfo(store, texts, len({path.parent for path in segments}), size, cache_max_bytes())
 
 
 def clear_cache() -> int:

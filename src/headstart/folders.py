@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and room on the disk; knows nothing of what is in them."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -28,11 +29,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Wait until the disk has a file, or a folder's entries (POSIX; elsewhere renames are already ordered)."""
-    if path.is_file():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    elif sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
+    if path.is_file() or sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -70,6 +68,12 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if kept != place:
         why = "something has come to be there since this run began, so it was left alone"
         raise RunError(f"{out}: {why}. This run's result is kept in {kept}.")
+
+
+def file_sha256(path: Path) -> str:
+    """The hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def beside(path: Path, kind: str) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 Advance = Callable[[int, str], None]
 """Called with how many more are done and a short note (a loss, say) shown beside the bar."""
@@ -20,11 +20,8 @@ def bar(label: str | None, total: int | None, unit: str) -> Iterator[Advance]:
     if label is None or not console.is_terminal:
         yield lambda done, note: None
         return
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    numbers = (MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn(), "{task.fields[note]}")
+    with Progress("{task.description}", BarColumn(), *numbers, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total, note="", rate="")
 
         def advance(done: int, note: str = "") -> None:

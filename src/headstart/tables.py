@@ -6,10 +6,10 @@ import glob
 import gzip
 import importlib.resources
 import io
-import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -56,11 +56,12 @@ def name_rows(rows: Sequence[int]) -> str:
 def scan(source: str) -> pl.LazyFrame:
     """A table as a lazy frame with clean headers, only strings where delimited; a `DataError` if it is unreadable."""
     remote = source.startswith(REMOTE)
-    names: list[str] = []
     with parsing(source):
-        ending = file_format(source) if remote else _checked_format(source)
+        if not remote:
+            _refuse_no_file(source)
+        ending = file_format(source)
         if is_delimited(source):
-            delimiter, names = read_header(source) if not remote else ("\t" if ending == ".tsv" else ",", [])
+            delimiter = ("\t" if ending == ".tsv" else ",") if remote else read_delimiter(source)
             frame = pl.scan_csv(source, separator=delimiter, infer_schema=False, glob=False)  # `*` in a name is a star
         elif ending in (".jsonl", ".ndjson"):
             marked = not remote and _read(source, 3) == codecs.BOM_UTF8  # polars stumbles over it
@@ -71,35 +72,13 @@ def scan(source: str) -> pl.LazyFrame:
             frame = pl.scan_parquet(_read(source) if source.lower().endswith(".gz") else source, glob=False)
         columns = frame.collect_schema().names()
     clean = [column.replace("\ufeff", "").strip() for column in columns]
-    names = names or clean  # polars renames a column that a header repeats
-    if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+    names = Counter(re.sub(r"_duplicated_\d+$", "", name) for name in clean)  # by which polars tells them apart
+    if repeated := sorted(name for name, count in names.items() if name and count > 1):
         raise DataError(f"{source}: the column {repeated[0]!r} appears twice. Rename one of them.")
     return frame.rename(dict(zip(columns, clean, strict=True)))
 
 
-@contextmanager
-def parsing(source: str) -> Iterator[None]:
-    """Turn the refusal of the disk or a parser to read `source` into a `DataError`: its broken rows, or else why."""
-    try:
-        yield
-    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)[:160]
-        why = "no permission" if isinstance(error, PermissionError) else why
-        if source.startswith(REMOTE):
-            problem = f"cannot be fetched ({why}). Download it and give the file."
-        elif isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
-            problem = "is not a whole gzip file; pack it again."
-        elif isinstance(error, OSError):
-            problem = f"cannot be read ({why})."
-        elif broken := ragged_rows(source, lone_quotes=True) if is_delimited(source) else _broken_json(source):
-            raise DataError(broken) from error
-        else:
-            problem = f"is not a whole {file_format(source)} table ({why}). Export it again."
-        raise DataError(f"{source}: {problem}") from error
-
-
-def _checked_format(source: str) -> str:
-    """The format of a file, once what is none has been refused: a folder, empty, binary, or no UTF-8 (says where)."""
+def _refuse_no_file(source: str) -> None:
     path = Path(source)
     if not path.exists():
         near = get_close_matches(path.name, [entry.name for entry in path.parent.glob("*")], n=1)
@@ -107,32 +86,21 @@ def _checked_format(source: str) -> str:
     if path.is_dir():
         tables = sorted(entry.name for entry in path.iterdir() if ENDING.search(entry.name))
         raise DataError(f"{source}: is a folder; give a file in it. It holds {', '.join(tables[:3]) or 'no table'}.")
-    ending = file_format(source)
-    head = _read(source, 4096)
-    if not head.strip():
-        raise DataError(f"{source}: the file is empty.")
-    if ending == ".parquet":
-        return ending
-    # In UTF-16 of Western text every other byte is NUL, also where there is no byte-order mark.
-    nul = max(head[0::2].count(0), head[1::2].count(0))
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (len(head) > 7 and nul > 0.4 * len(head)):
-        raise DataError(f"{source}: is UTF-16, not UTF-8. Save it as UTF-8 (in Excel: «CSV UTF-8»).")
-    if b"\0" in head:
-        raise DataError(f"{source}: is a binary file, not a table of text.")
+
+
+def read_delimiter(source: str) -> str:
+    """A local file's delimiter: the one that makes most known columns, or else most columns; in `.tsv` a tab."""
     with _open_bytes(source) as file:
-        for row, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                byte, name = file.tell() - len(line) + error.start, path.name
-                fix = f"Save it as UTF-8, for example with: iconv -f latin1 -t utf-8 {name} > utf8-{name}"
-                problem = f"byte {byte} (0x{line[error.start]:02x}, in row {row}) is not UTF-8; probably latin-1. {fix}"
-                if error.reason == "unexpected end of data":
-                    problem = f"ends inside a character at byte {byte}; the file was cut off."
-                raise DataError(f"{source}: {problem}") from error
-            if b"\0" in line:
-                raise DataError(f"{source}: has a NUL byte near row {row}: a binary file, or a damaged one.")
-    return ending
+        header = next((line for line in file if line.strip(b"\r\n")), b"").decode("utf-8-sig").rstrip("\r\n")
+    if (not header.strip() or "\0" in header) and (found := faults(source)):
+        raise DataError(found)
+    if "\r" in header:
+        mend = f"tr '\\r' '\\n' < {Path(source).name} > lines-{Path(source).name}"
+        raise DataError(f"{source}: its lines end as on an old Mac. Save it with other line ends, or use: {mend}")
+    if file_format(source) == ".tsv":
+        return "\t"
+    columns = {one: [cell.strip() for cell in next(csv.reader([header], delimiter=one), [])] for one in ",;\t|"}
+    return max(columns, key=lambda one: (len(USUAL_NAMES & set(map(str.lower, columns[one]))), len(columns[one])))
 
 
 def _open_bytes(source: str) -> gzip.GzipFile | io.BufferedReader:
@@ -144,60 +112,89 @@ def _read(source: str, size: int = -1) -> bytes:
         return file.read(size)
 
 
-def read_header(source: str) -> tuple[str, list[str]]:
-    """A local file's delimiter (makes most known columns, or else most; in `.tsv` a tab) and clean column names."""
-    with _open_bytes(source) as file:
-        line = next((line for line in file if line.strip(b"\r\n")), b"")
-    header = line.decode(errors="replace").replace("\ufeff", "").rstrip("\r\n")
-    if "\r" in header:
-        mend = f"tr '\\r' '\\n' < {Path(source).name} > lines-{Path(source).name}"
-        raise DataError(f"{source}: its lines end as on an old Mac. Save it with other line ends, or use: {mend}")
-    delimiters = "\t" if file_format(source) == ".tsv" else ",;\t|"
-    headers = [(one, [cell.strip() for cell in next(csv.reader([header], delimiter=one), [])]) for one in delimiters]
-    return max(headers, key=lambda item: (sum(name.lower() in USUAL_NAMES for name in item[1]), len(item[1])))
+@contextmanager
+def parsing(source: str) -> Iterator[None]:
+    """Turn the refusal of the disk or a parser to read `source` into a `DataError`: its `faults`, or else why."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if source.startswith(REMOTE):
+            raise DataError(f"{source}: cannot be fetched ({why}). Download it and give the file.") from error
+        if found := faults(source):
+            raise DataError(found) from error
+        raise DataError(f"{source}: is not a whole {file_format(source)} table ({why}). Export it again.") from error
 
 
-def ragged_rows(source: str, *, lone_quotes: bool = False) -> list[str]:
-    """One sentence for each wrong number of fields, or else, with `lone_quotes`, on quotes that have no partner."""
+def faults(source: str) -> list[str]:
+    """What is wrong with a local file, one sentence each, by a slow look at all of it; empty if nothing is found."""
+    if source.startswith(REMOTE):
+        return []
+    try:
+        content = _read(source)
+    except (OSError, EOFError, zlib.error) as error:
+        why = "no permission" if isinstance(error, PermissionError) else getattr(error, "strerror", None)
+        return [f"{source}: cannot be read ({why})." if why else f"{source}: is not a whole gzip file; pack it again."]
+    if not content.strip():
+        return [f"{source}: the file is empty."]
+    if file_format(source) == ".parquet":
+        return []
+    # In UTF-16 of Western text every other byte is NUL, also where there is no byte-order mark.
+    head = content[:4096]
+    nul = max(head[0::2].count(0), head[1::2].count(0))
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (len(head) > 7 and nul > 0.4 * len(head)):
+        return [f"{source}: is UTF-16, not UTF-8. Save it as UTF-8 (in Excel: «CSV UTF-8»)."]
+    if b"\0" in content:
+        row = content.count(b"\n", 0, content.index(0)) + 1
+        return [f"{source}: is a binary file, or a damaged one: it has a NUL byte near row {row}."]
+    try:
+        text = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return [f"{source}: ends inside a character at byte {error.start}; the file was cut off."]
+        name, row = Path(source).name, content.count(b"\n", 0, error.start) + 1
+        where = f"byte {error.start} (0x{content[error.start]:02x}, in row {row}) is not UTF-8; probably latin-1"
+        return [f"{source}: {where}. Save it as UTF-8, for example with: iconv -f latin1 -t utf-8 {name} > utf8-{name}"]
+    return _ragged_rows(source, text) if is_delimited(source) else _broken_json(source, text)
+
+
+def _ragged_rows(source: str, text: str) -> list[str]:
+    """One sentence for each wrong number of fields, or else on quotes that have no partner."""
+    # A line ends in a line feed alone, as polars sees it.
+    lines = [line.rstrip("\r").replace("\r", " ") + "\n" for line in text.removesuffix("\n").split("\n")]
     expected = read = 0
     wrong, problems = dict[int, list[int]](), list[str]()
-    with _open_bytes(source) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
-        # A line ends in a line feed alone, as polars sees it. `again` are the same lines, to count their quotes.
-        lines, again = itertools.tee(line.rstrip("\r\n").replace("\r", " ") + "\n" for line in text)
-        reader = csv.reader(lines, delimiter=read_header(source)[0])
-        for row, cells in enumerate(reader, start=1):
-            odd = sum(line.count('"') for line in itertools.islice(again, reader.line_num - read)) % 2 == 1
-            read, expected = reader.line_num, expected or len(cells)
-            if odd and "\n" in cells[-1]:  # only at the end of the file can a field still be open
-                problems.append(f"{source}: row {row} opens a quote that is never closed. Close it, or double it.")
-            elif odd or (cells and len(cells) != expected):
-                wrong.setdefault(len(cells), []).append(row)
+    reader = csv.reader(lines, delimiter=read_delimiter(source))
+    for row, cells in enumerate(reader, start=1):
+        odd = sum(line.count('"') for line in lines[read : reader.line_num]) % 2 == 1
+        read, expected = reader.line_num, expected or len(cells)
+        if odd and "\n" in cells[-1]:  # only at the end of the file can a field still be open
+            problems.append(f"{source}: row {row} opens a quote that is never closed. Close it, or double it.")
+        elif odd or (cells and len(cells) != expected):
+            wrong.setdefault(len(cells), []).append(row)
     lone = wrong.pop(expected, [])  # as many fields as the header has, and a quote without a partner
     for count, rows in sorted(wrong.items()):
         advice = "Put quotes around texts that hold the delimiter" if count > expected else "Fill in what is missing"
         fields = f"{count_of(count, 'field')} where the header has {expected}"
         problems.append(f"{source}: {name_rows(rows)} {'has' if len(rows) == 1 else 'have'} {fields}. {advice}.")
-    if lone_quotes and lone and not problems:
+    if lone and not problems:
         have = f"{name_rows(lone)} {'has' if len(lone) == 1 else 'have'} a lone quote"
         problems.append(f"{source}: {have}. Put quotes around the text, and double the one inside.")
     return problems
 
 
-def _broken_json(source: str) -> list[str]:
+def _broken_json(source: str, text: str) -> list[str]:
     """One sentence on the rows of a JSON table that are no records, or on where it stops being JSON."""
-
-    def parsed(content: bytes) -> Any:
+    whole = file_format(source) == ".json"
+    records: list[Any] = []
+    for part in [text] if whole else text.split("\n"):
         try:
-            return json.loads(content) if content.strip() else {}
+            records.append(json.loads(part) if part.strip() else {})
         except (ValueError, RecursionError) as error:
-            return error
-
-    content = b"" if file_format(source) == ".parquet" else _read(source)
-    records = parsed(content) if file_format(source) == ".json" else [parsed(line) for line in content.split(b"\n")]
-    if isinstance(records, Exception):
-        where = f" (line {records.lineno}: {records.msg})" if isinstance(records, json.JSONDecodeError) else ""
-        return [f"{source}: is not whole JSON{where}. Mend it there, or export it again."]
-    rows = [i for i, one in enumerate(records if isinstance(records, list) else [], 1) if not isinstance(one, dict)]
+            if whole:
+                return [f"{source}: is not whole JSON ({error}). Mend it there, or export it again."]
+            records.append(None)
+    rows = [i for i, one in enumerate(records[0] if whole else records, 1) if not isinstance(one, dict)]
     what = "is no record" if len(rows) == 1 else "are no records"
     return [f'{source}: {name_rows(rows)} {what} like {{"sentence": "…", "label": "…"}}.'] if rows else []
 
@@ -227,7 +224,6 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
     """A table and its columns for `text`, `label` or both, by name or None; a `DataError` has every problem found."""
     frame = scan(source)
     columns = frame.collect_schema().names()
-    local_text = is_delimited(source) and not source.startswith(REMOTE)
     problems, found = list[str](), list[str]()
     for role, name in wanted.items():
         try:
@@ -235,7 +231,7 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
         except DataError as error:
             problems.extend(error.problems)
     if problems:
-        raise DataError(problems + (ragged_rows(source) if local_text else []))
+        raise DataError(problems + faults(source))
     if len(set(found)) < len(found):
         raise DataError(f"{source}: the text and the label cannot both be the column {found[0]!r}.")
     with parsing(source):
@@ -250,8 +246,10 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
                 problems.append(f"{source}: the column {column!r} holds bytes that are no UTF-8 text; decode them.")
     if not table.height:
         problems.append(f"{source}: has a header and no rows.")
-    elif local_text and (table[columns[-1]].null_count() or _read(source).count(b'"') % 2):
-        problems = ragged_rows(source)  # slow; a row that ends early has empty last cells, an open quote no partner
+    elif is_delimited(source) and (
+        table[columns[-1]].null_count() or any(table[column].str.contains("\0").any() for column in found)
+    ):
+        problems = faults(source)  # slow; polars fills up a row that ends early with empty cells, and takes NUL bytes
     if problems:
         raise DataError(problems)
     return table, tuple(found)
