@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from headstart import features
 from headstart.config import CACHE_MAX_BYTES, FEATURE_BYTES_PER_TEXT
-from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder, stored_layout
+from headstart.encoder import Encoder, choose_placement, load_encoder, stored_layout
 from headstart.errors import DiskError, InputError
 from headstart.features import Features, Shelf, cache_info, clear_cache, frozen_features, text_keys
+from tests.conftest import FAMILIES
 
 CPU = choose_placement("cpu", "fp32")
 TEXTS = tuple(f"the {noun} was {word} {i}" for i in range(4) for noun in ("film", "soup") for word in ("great", "rude"))

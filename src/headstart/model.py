@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
-from headstart.engine import NATIVE_HEADS, NativeScorer, PooledHead, PooledScorer, pooled_output, supports
+from headstart.engine import NATIVE_HEADS, NativeScorer, PooledScorer, pooled_output, supports
 from headstart.errors import ModelError, RunError, count_of
 from headstart.features import Features
 from headstart.tokens import Tokenizer, Tokens
@@ -53,12 +53,6 @@ def head_inputs(encoder: Encoder, features: Features, names: Sequence[str]) -> t
         place = list(names).index("pooler")
         inputs[:, place] = pooled_output(encoder.weights, inputs[:, place])
     return inputs.flatten(1)
-
-
-def new_head(inputs: int, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
-    """A fresh pooled head that reads `inputs` numbers, as they are until its `mean` and `scale` are set."""
-    torch.manual_seed(seed)
-    return PooledHead(inputs, spec.width, labels, spec.dropout)
 
 
 @dataclass(frozen=True)
@@ -115,10 +109,9 @@ class NativeHead(nn.Module):
         """(batch, hidden) stored features to (batch, labels) logits."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        from headstart.modeling_headstart import pooler_output
-
         body = self.model.base_model
-        pooled = None if getattr(body, "pooler", None) is None else pooler_output(body, features)
+        has_pooler = getattr(body, "pooler", None) is not None
+        pooled = pooled_output(dict(body.named_parameters()), features) if has_pooler else None
         said = BaseModelOutputWithPooling(last_hidden_state=features.unsqueeze(1), pooler_output=pooled)
         body.forward = lambda *_, **__: said
         try:
@@ -164,11 +157,11 @@ class ThawedModel(nn.Module):
 
     The engine computes it anew each step from the weights as they are, in the encoder's precision; families it does not
     know are computed by transformers, and can be thawed only as a whole. With `all`, word embeddings are cut down
-    to the rows that `used`, (m,) sorted token ids, asks for: the others get no gradient and no decay, so AdamW would
-    leave them as they are. `whole` puts them back.
+    to the rows that `tokens` use: the others get no gradient and no decay, so AdamW would leave them as they are.
+    `whole` puts them back.
     """
 
-    def __init__(self, encoder: Encoder, model: Any, depth: Depth, used: NDArray[np.int64]) -> None:
+    def __init__(self, encoder: Encoder, model: Any, depth: Depth, tokens: Tokens) -> None:
         super().__init__()
         self.config, self.placement, self.model = config_dict(encoder.config), encoder.placement, model
         self.start = 0 if depth == "all" else encoder.layers - depth
@@ -179,8 +172,10 @@ class ThawedModel(nn.Module):
             found = layer.search(name)
             above = int(found[1]) >= self.start if found else "embeddings" not in name
             parameter.requires_grad_(depth == "all" or above)
-        self.used = used if depth == "all" and self.uses_engine else None
-        if self.used is not None:
+        self.used: NDArray[np.int64] | None = None  # token ids, sorted
+        if depth == "all" and self.uses_engine:
+            up_to_padding = np.arange(encoder.tokenizer.pad_id + 1)  # so that it keeps its own
+            self.used = np.union1d(tokens.ids, up_to_padding).astype(np.int64)
             words = model.get_input_embeddings()
             self.all_words = [words.weight.data]  # in a list, so that it does not move or train
             words.weight = nn.Parameter(words.weight.data[torch.from_numpy(self.used)])
