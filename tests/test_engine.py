@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from headstart import modeling_headstart
-from headstart.encoder import choose_placement, config_dict, encode, load_config, load_encoder
+from headstart.encoder import Encoder, choose_placement, config_dict, encode, load_config
 from headstart.engine import (
     NATIVE_HEADS,
     ROW_STEP,
@@ -231,7 +231,7 @@ def test_a_failure_is_raised_where_it_belongs_and_ends_the_rest(threads: int) ->
 
 
 def test_encoding_on_several_threads_gives_the_same(tiny_bert: Path) -> None:
-    encoder = load_encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
+    encoder = Encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
     tokens = encoder.tokenizer([f"the film {'was superb ' * (i % 9)}" for i in range(600)])
     before, answers = torch.get_num_threads(), []
     for count in (1, 4):
@@ -326,13 +326,13 @@ def test_the_last_layer_for_the_first_token_alone_is_the_same(family: str, tiny:
 def test_the_families_it_knows_are_run_by_it(family: str, tiny_models: Callable[[str], Path]) -> None:
     folder = tiny_models(family)
     assert supports(config_dict(load_config(folder)))
-    assert load_encoder(str(folder), choose_placement("cpu", "fp32")).engine is not None
+    assert Encoder(str(folder), choose_placement("cpu", "fp32")).engine is not None
 
 
 @pytest.mark.parametrize("family", ["albert", "mpnet", "deberta-v2", "modernbert"])
 def test_other_families_are_not(family: str, tiny_models: Callable[[str], Path]) -> None:
     assert not supports(config_dict(load_config(tiny_models(family))))
-    assert load_encoder(str(tiny_models(family)), choose_placement("cpu", "fp32")).engine is None
+    assert Encoder(str(tiny_models(family)), choose_placement("cpu", "fp32")).engine is None
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -362,7 +362,7 @@ def test_an_architecture_refused_is_still_answered_right(bert: Tiny, tiny_bert: 
     changed.load_state_dict(bert.model.state_dict())
     changed.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
-    encoder = load_encoder(str(tmp_path), choose_placement("cpu", "fp32"))
+    encoder = Encoder(str(tmp_path), choose_placement("cpu", "fp32"))
     assert encoder.engine is None
     tokens = encoder.tokenizer(["the film was superb"])
     ((_, got),) = encode(encoder, tokens, EVERYTHING)

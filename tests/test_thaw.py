@@ -16,7 +16,7 @@ from torch import nn
 
 from headstart import config
 from headstart.checkpoints import Checkpoints
-from headstart.encoder import choose_placement, load_encoder
+from headstart.encoder import Encoder, choose_placement
 from headstart.engine import NATIVE_HEADS
 from headstart.errors import DiskError, ModelError
 from headstart.model import ThawedModel, native_model
@@ -50,7 +50,7 @@ def task(tiny_models: Callable[[str], Path]) -> Callable[..., FineTuning]:
     """A task of fine-tuning a family's tiny encoder, with a fresh head."""
 
     def make(family: str = "bert", **given: Any) -> FineTuning:
-        encoder = load_encoder(str(tiny_models(family)), CPU)
+        encoder = Encoder(str(tiny_models(family)), CPU)
         settings = config.settings("sample", **{"epochs": 2, "batch_size": 16, "lr": 1e-3, "seed": 4, **given})
         start = native_model(encoder, ("bad", "good"), seed=1)
         train, validation, _ = (LABELS[part] for part in PARTS)

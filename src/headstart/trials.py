@@ -16,7 +16,7 @@ from headstart.encoder import Encoder
 from headstart.engine import PooledHead
 from headstart.errors import InputError
 from headstart.features import Features
-from headstart.model import HeadSpec, NativeHead, head_inputs, native_feature, native_model, pooled_model
+from headstart.model import HeadSpec, NativeHead, PooledModel, head_inputs, native_feature, native_model
 from headstart.progress import bar
 from headstart.train import Epoch, FeatureBatches, History, Keep, Schedule, class_weights, fit, loss_and_accuracy
 
@@ -98,7 +98,7 @@ class TrainedHead:
 
     def whole(self, names: Sequence[str]) -> Any:
         """The encoder and the head as what a run folder holds: a `PooledModel` or a transformers model."""
-        return self.head.model.eval() if self.spec is None else pooled_model(self.encoder, self.head, self.spec, names)
+        return self.head.model.eval() if self.spec is None else PooledModel(self.encoder, self.head, self.spec, names)
 
     def description(self) -> dict[str, Any]:
         """What headstart.json says of the head."""
