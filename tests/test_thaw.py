@@ -445,6 +445,18 @@ def test_other_families_are_thawed_as_a_whole_or_not_at_all(task: Callable[..., 
     assert [cost.depth for cost in predicted_costs(given, Path())] == ["all"]
 
 
+def test_two_threads_train_them_to_the_same_bytes(task: Callable[..., FineTuning]) -> None:
+    given = task("albert", epochs=4)
+    given.encoder.placement = choose_placement("cpu", "bf16")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (given.fit("all").model for _ in range(4))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(one, first) for one in others)
+
+
 # --- what each depth costs
 
 

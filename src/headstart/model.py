@@ -184,7 +184,8 @@ class ThawedModel(nn.Module):
         if not self.uses_engine:
             self.model.eval()  # no dropout, as in the engine: a run that is resumed needs no generator's state
             half = self.placement.precision != "fp32"
-            with torch.autocast(x.device.type, self.placement.dtype, enabled=half):
+            # Threads would share its cache, and when it is cleared decides how gradients of ALBERT's one layer add up.
+            with torch.autocast(x.device.type, self.placement.dtype, enabled=half, cache_enabled=False):
                 return self.model(input_ids=x, attention_mask=mask).logits.float()
         live = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         scorer = NativeScorer(self.config, live, x.device, self.placement.dtype, self.start)
