@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from headstart.encoder import choose_placement, encode, load_encoder, stored_layout
+from headstart.encoder import Encoder, choose_placement, encode, stored_layout
 
 
 def flops(lengths, config):
@@ -28,7 +28,7 @@ def main():
     arguments = parser.parse_args()
     with open(arguments.table, encoding="utf-8", newline="") as file:
         texts = [row["sentence"] for row in csv.DictReader(file)]
-    encoder = load_encoder(arguments.model, choose_placement("auto", arguments.precision))
+    encoder = Encoder(arguments.model, choose_placement("auto", arguments.precision))
     layout = stored_layout(encoder)
     for _ in encode(encoder, encoder.tokenizer(texts[:64]), layout):
         pass  # the first batches are slower: not counted

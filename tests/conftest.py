@@ -51,6 +51,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 # --- tiny random encoders
 
+FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
+"""Model types that are tested; others are tried as they are."""
+
 
 def tiny_tokenizer(family: str) -> Any:
     """A small fast tokenizer with the family's special tokens at the family's ids."""

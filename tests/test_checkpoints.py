@@ -23,7 +23,8 @@ def content(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "now.bias": torch.randn(3, generator=generator).bfloat16(),
         "exp_avg.count": torch.tensor(step),
     }
-    return tensors, {"epoch": step // 10, "done": step % 10, "losses": [0.1 + step, 1e-300, 1 / 3], "records": []}
+    epochs = [{"train_loss": loss} for loss in (0.1 + step, 1e-300, 1 / 3)]
+    return tensors, {"epochs": epochs[: step // 10], "done": step % 10}
 
 
 def written(folder: Path, *steps: int) -> Checkpoints:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from headstart import modeling_headstart
-from headstart.encoder import choose_placement, config_dict, encode, load_config, load_encoder
+from headstart.encoder import Encoder, choose_placement, config_dict, encode, load_config
 from headstart.engine import (
-    FAMILIES,
+    NATIVE_HEADS,
     ROW_STEP,
     Engine,
     NativeScorer,
@@ -87,7 +87,7 @@ def by_transformers(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.
 
 def run(engine: Engine, layout: Sequence[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        return engine(ids, mask, layout)
+        return engine.vectors(engine.embedded(ids), mask, layout)
 
 
 def work(engine: Engine, *layout: str) -> int:
@@ -100,7 +100,7 @@ def work(engine: Engine, *layout: str) -> int:
 # --- the arithmetic
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_every_vector_is_transformers(family: str, tiny: Callable[[str], Tiny]) -> None:
     one = tiny(family)
     ids, mask = batch(one.config["pad_token_id"])
@@ -138,7 +138,7 @@ def test_without_gradients_bias_and_residual_are_added_inside_the_products(bert:
     counts = []
     for grad in (torch.inference_mode(), torch.enable_grad()):
         with grad, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            engine(ids, mask, EVERYTHING)
+            engine.vectors(engine.embedded(ids), mask, EVERYTHING)
         found = {event.key: event.count for event in profile.key_averages()}
         counts.append([found.get(name, 0) for name in ("mkldnn::_linear_pointwise", "aten::linear")])
     assert counts == [[4 * len(engine.layers), 0], [0, 4 * len(engine.layers)]]
@@ -153,7 +153,7 @@ def test_rows_added_for_the_products_change_nothing(bert: Tiny) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 @pytest.mark.parametrize("labels", [2, 5])
 def test_a_native_classifier_scores_as_transformers_does(family: str, labels: int, tiny: Callable[[str], Tiny]) -> None:
     from transformers import AutoModelForSequenceClassification
@@ -231,20 +231,20 @@ def test_a_failure_is_raised_where_it_belongs_and_ends_the_rest(threads: int) ->
 
 
 def test_encoding_on_several_threads_gives_the_same(tiny_bert: Path) -> None:
-    encoder = load_encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
-    tokens = encoder.tokenizer([f"the film {'was superb ' * (i % 9)}" for i in range(200)])
+    encoder = Encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
+    tokens = encoder.tokenizer([f"the film {'was superb ' * (i % 9)}" for i in range(600)])
     before, answers = torch.get_num_threads(), []
     for count in (1, 4):
         torch.set_num_threads(count)
-        values = np.empty((200, 2, 32), dtype=np.float16)
-        for index, part in encode(encoder, tokens, ("cls", "mean-2"), most_tokens=64):
+        values = np.empty((600, 2, 32), dtype=np.float16)
+        for index, part in encode(encoder, tokens, ("cls", "mean-2")):
             values[index] = part
         answers.append(values)
     torch.set_num_threads(before)
     np.testing.assert_array_equal(answers[0], answers[1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_without_padding_too(family: str, tiny: Callable[[str], Tiny]) -> None:
     # Attention then gets no mask at all.
     one = tiny(family)
@@ -252,7 +252,7 @@ def test_without_padding_too(family: str, tiny: Callable[[str], Tiny]) -> None:
     torch.testing.assert_close(run(one.engine(), EVERYTHING, ids, mask), by_transformers(one.model, ids, mask), **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_what_fills_a_text_is_never_read(family: str, tiny: Callable[[str], Tiny]) -> None:
     engine = tiny(family).engine()
     ids, mask = batch(0)
@@ -278,7 +278,7 @@ def test_it_follows_the_configurations_epsilon(bert: Tiny) -> None:
     assert not torch.allclose(got, run(bert.engine(), EVERYTHING, ids, mask), atol=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_the_weights_stay_as_they_were(family: str, tiny: Callable[[str], Tiny]) -> None:
     # It adds in place, and in fp32 on the CPU its tensors are the caller's own, which are saved with the run.
     one = tiny(family)
@@ -306,7 +306,7 @@ def test_layers_above_the_highest_read_are_not_run(bert: Tiny, highest: int) -> 
     assert work(bert.engine(), *layout) < work(bert.engine(), f"mean-{highest + 1}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_the_last_layer_for_the_first_token_alone_is_the_same(family: str, tiny: Callable[[str], Tiny]) -> None:
     engine = tiny(family).engine()
     ids, mask = batch(0)
@@ -322,17 +322,17 @@ def test_the_last_layer_for_the_first_token_alone_is_the_same(family: str, tiny:
 # --- which architectures it takes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_the_families_it_knows_are_run_by_it(family: str, tiny_models: Callable[[str], Path]) -> None:
     folder = tiny_models(family)
     assert supports(config_dict(load_config(folder)))
-    assert load_encoder(str(folder), choose_placement("cpu", "fp32")).engine is not None
+    assert Encoder(str(folder), choose_placement("cpu", "fp32")).engine is not None
 
 
 @pytest.mark.parametrize("family", ["albert", "mpnet", "deberta-v2", "modernbert"])
 def test_other_families_are_not(family: str, tiny_models: Callable[[str], Path]) -> None:
     assert not supports(config_dict(load_config(tiny_models(family))))
-    assert load_encoder(str(tiny_models(family)), choose_placement("cpu", "fp32")).engine is None
+    assert Encoder(str(tiny_models(family)), choose_placement("cpu", "fp32")).engine is None
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -350,7 +350,7 @@ def test_what_it_would_get_wrong_is_refused(what: str) -> None:
     plain = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
     if "activation" in REFUSED[what]:
         plain["activation"] = plain.pop("hidden_act")
-    for family in FAMILIES:
+    for family in NATIVE_HEADS:
         assert supports({"model_type": family, **plain})
     assert not supports({"model_type": "bert", **plain, **REFUSED[what]})
 
@@ -362,7 +362,7 @@ def test_an_architecture_refused_is_still_answered_right(bert: Tiny, tiny_bert: 
     changed.load_state_dict(bert.model.state_dict())
     changed.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
-    encoder = load_encoder(str(tmp_path), choose_placement("cpu", "fp32"))
+    encoder = Encoder(str(tmp_path), choose_placement("cpu", "fp32"))
     assert encoder.engine is None
     tokens = encoder.tokenizer(["the film was superb"])
     ((_, got),) = encode(encoder, tokens, EVERYTHING)
@@ -469,7 +469,7 @@ def test_the_model_code_in_a_run_folder_has_the_same_head(width: int, bert: Tiny
     assert torch.equal(*logits) == (width == 0), "dropout is for a hidden layer only"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 @pytest.mark.parametrize(("features", "width"), [(("mean-0", "cls"), 0), (("mean-3", "mean-1"), 6)])
 def test_a_saved_classifier_scores_as_its_transformers_class_does(
     family: str, features: tuple[str, ...], width: int, tiny: Callable[[str], Tiny]

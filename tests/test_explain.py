@@ -100,9 +100,9 @@ def load_run_with_random_layers(classifier: TorchClassifier) -> TorchClassifier:
     import copy
 
     model = copy.deepcopy(classifier.model)
-    model.engine.layers = [  # type: ignore[union-attr]
+    model.layers = [  # type: ignore[union-attr]
         [(torch.randn_like(weight) * weight.std(), bias) for weight, bias in layer]
-        for layer in model.engine.layers  # type: ignore[union-attr]
+        for layer in model.layers  # type: ignore[union-attr]
     ]
     return replace(classifier, model=model)
 

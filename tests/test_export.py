@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 import headstart
 from headstart import export as export_module
 from headstart import predict
-from headstart.encoder import FAMILIES
 from headstart.errors import DataError, ExportError, RunError
 from headstart.export import export
-from tests.conftest import NOUNS, SMALL_ROWS, WORDS, write_csv
+from tests.conftest import FAMILIES, NOUNS, SMALL_ROWS, WORDS, write_csv
 
 TEXTS = ["the film was superb", "zebra", "", "the waiter was rude at the end of this story " * 3, "un hotel lovely"]
 """One is longer than max_length, and lengths differ, so that padding is seen."""

@@ -1,6 +1,5 @@
 """Heads on stored features against the whole models they become; the run folder, whole or absent."""
 
-import dataclasses
 import io
 import json
 import os
@@ -20,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from headstart import config, predict, trials
 from headstart.config import Precision
-from headstart.encoder import FAMILIES, Encoder, choose_placement, load_encoder
+from headstart.encoder import Encoder, choose_placement
 from headstart.engine import PooledHead
 from headstart.errors import ModelError, RunError
 from headstart.features import Features, frozen_features
 from headstart.folders import new_folder
-from headstart.model import HeadSpec, head_inputs, native_feature, native_model, new_head, pooled_model, save_model
+from headstart.model import HeadSpec, PooledModel, head_inputs, native_feature, native_model, save_model
 from headstart.predict import Predictor
+from tests.conftest import FAMILIES
 
 CPU = choose_placement("cpu", "fp32")
 NAMES = ("bad", "good", "so-so")
@@ -65,7 +65,8 @@ def saved(model: Any, encoder: Encoder, folder: Path) -> Predictor:
 
 def standardising_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
     """A fresh head with the statistics of what it reads."""
-    head = new_head(inputs.shape[1], spec, labels, seed)
+    torch.manual_seed(seed)
+    head = PooledHead(inputs.shape[1], spec.width, labels, spec.dropout)
     head.mean.copy_(inputs.mean(dim=0))
     head.scale.copy_(1 / inputs.std(dim=0))
     return head
@@ -81,14 +82,14 @@ def standardising_head(inputs: torch.Tensor, spec: HeadSpec, labels: int, seed: 
 def test_a_pooled_model_is_its_head_on_stored_features(
     family: str, names: tuple[str, ...], width: int, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    encoder = load_encoder(str(tiny_models(family)), CPU)
+    encoder = Encoder(str(tiny_models(family)), CPU)
     spec = HeadSpec(names, width, dropout=0.5)
     inputs = head_inputs(encoder, stored(encoder), names)
     assert inputs.shape == (len(TEXTS), 32 * len(names))
     head = standardising_head(inputs, spec, len(NAMES), seed=1).eval()
     with torch.no_grad():
         expected = head(inputs)
-    predictor = saved(pooled_model(encoder, head, spec, NAMES), encoder, tmp_path / "run")
+    predictor = saved(PooledModel(encoder, head, spec, NAMES), encoder, tmp_path / "run")
     torch.testing.assert_close(logits_of(predictor), expected, **CLOSE)
     assert expected.std(dim=0).min() > 0.05, "texts should get answers of their own"
     assert predictor.names == NAMES
@@ -100,11 +101,11 @@ def test_a_pooled_model_is_its_head_on_stored_features(
 def test_layers_that_the_head_does_not_read_are_not_saved(
     family: str, highest: int, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    encoder = load_encoder(str(tiny_models(family)), CPU)
+    encoder = Encoder(str(tiny_models(family)), CPU)
     names = (f"mean-{highest}", "mean-0")
     spec = HeadSpec(names, 0, 0.0)
     head = standardising_head(head_inputs(encoder, stored(encoder), names), spec, 2, seed=1)
-    saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
+    saved(PooledModel(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
     with safe_open(tmp_path / "run" / "model.safetensors", "pt") as weights:
         keys = list(weights.keys())
     found = {int(place) for key in keys for place in re.findall(r"layers?\.(\d+)\.", key)}
@@ -116,12 +117,12 @@ def test_layers_that_the_head_does_not_read_are_not_saved(
 def test_a_pooler_that_the_checkpoint_lacks_is_the_first_token(
     tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    encoder = load_encoder(str(tiny_models("distilbert")), CPU)
+    encoder = Encoder(str(tiny_models("distilbert")), CPU)
     features = stored(encoder)
     assert torch.equal(head_inputs(encoder, features, ("pooler",)), head_inputs(encoder, features, ("cls",)))
     spec = HeadSpec(("pooler",), 0, 0.0)
     head = standardising_head(head_inputs(encoder, features, ("pooler",)), spec, 2, 0)
-    saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
+    saved(PooledModel(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["head_features"] == ["cls"]
 
 
@@ -130,7 +131,7 @@ def test_the_pooler_feature_is_transformers_pooler_output(family: str, tiny_mode
     from transformers import AutoModel
 
     folder = tiny_models(family)
-    encoder = load_encoder(str(folder), CPU)
+    encoder = Encoder(str(folder), CPU)
     got = head_inputs(encoder, stored(encoder), ("pooler",))
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = encoder.tokenizer(TEXTS)
@@ -140,24 +141,16 @@ def test_the_pooler_feature_is_transformers_pooler_output(family: str, tiny_mode
 
 
 def test_an_unknown_feature_is_named(tiny_bert: Path) -> None:
-    encoder = load_encoder(str(tiny_bert), CPU)
+    encoder = Encoder(str(tiny_bert), CPU)
     with pytest.raises(ModelError, match=r"no feature 'mean-9' here; there are: pooler, cls, mean-0, .*mean-3"):
         head_inputs(encoder, stored(encoder), ("mean-9",))
 
 
-def test_a_new_head_follows_its_seed_and_reads_its_inputs_as_they_are() -> None:
-    head, same, other = (new_head(6, HeadSpec(("cls",), 0, 0.0), 2, seed=seed) for seed in (5, 5, 6))
-    assert torch.equal(head.layers[0].weight, same.layers[0].weight)
-    assert not torch.equal(head.layers[0].weight, other.layers[0].weight)
-    assert head.mean.abs().max() == 0
-    assert (head.scale == 1).all()
-
-
 def test_a_bf16_encoder_saves_full_precision_weights(tiny_bert: Path, tmp_path: Path) -> None:
-    encoder = load_encoder(str(tiny_bert), choose_placement("cpu", "bf16"))
+    encoder = Encoder(str(tiny_bert), choose_placement("cpu", "bf16"))
     spec = HeadSpec(("mean-2",), 0, 0.0)
     head = standardising_head(head_inputs(encoder, stored(encoder), spec.features), spec, 2, seed=1)
-    saved(pooled_model(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
+    saved(PooledModel(encoder, head, spec, NAMES[:2]), encoder, tmp_path / "run")
     original, kept = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
     name = "encoder.layer.1.output.dense.weight"
     assert torch.equal(kept[f"encoder.{name}"], original[name])
@@ -177,7 +170,7 @@ def train_native(encoder: Encoder) -> trials.TrainedHead:
 def test_a_native_head_learns_on_stored_features_and_is_the_whole_models(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    encoder = load_encoder(str(tiny_models(family)), CPU)
+    encoder = Encoder(str(tiny_models(family)), CPU)
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
     trained = train_native(encoder)
     losses = [epoch.train_loss for epoch in trained.history.epochs]
@@ -201,7 +194,7 @@ def test_modernbert_pools_as_its_configuration_says(tiny_models: Callable[[str],
     shutil.copytree(tiny_models("modernbert"), tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "classifier_pooling": "mean"}))
-    encoder = load_encoder(str(tmp_path / "m"), CPU)
+    encoder = Encoder(str(tmp_path / "m"), CPU)
     assert native_feature(encoder) == "mean-3"
     trained = train_native(encoder)
     expected = trained.logits(stored(encoder))
@@ -211,8 +204,8 @@ def test_modernbert_pools_as_its_configuration_says(tiny_models: Callable[[str],
 def test_an_architecture_without_a_head_of_its_own_says_so(tiny_models: Callable[[str], Path]) -> None:
     from transformers import VideoMAEConfig
 
-    encoder = load_encoder(str(tiny_models("bert")), CPU)
-    encoder = dataclasses.replace(encoder, config=VideoMAEConfig())
+    encoder = Encoder(str(tiny_models("bert")), CPU)
+    encoder.config = VideoMAEConfig()
     with pytest.raises(ModelError, match="videomae has no head of its own; use --head pooled"):
         native_model(encoder, NAMES, 0)
 

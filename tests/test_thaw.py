@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import nn
 
 from headstart import config
 from headstart.checkpoints import Checkpoints
-from headstart.encoder import choose_placement, load_encoder
-from headstart.engine import FAMILIES
+from headstart.encoder import Encoder, choose_placement
+from headstart.engine import NATIVE_HEADS
 from headstart.errors import DiskError, ModelError
 from headstart.model import ThawedModel, native_model
 from headstart.thaw import (
@@ -49,7 +50,7 @@ def task(tiny_models: Callable[[str], Path]) -> Callable[..., FineTuning]:
     """A task of fine-tuning a family's tiny encoder, with a fresh head."""
 
     def make(family: str = "bert", **given: Any) -> FineTuning:
-        encoder = load_encoder(str(tiny_models(family)), CPU)
+        encoder = Encoder(str(tiny_models(family)), CPU)
         settings = config.settings("sample", **{"epochs": 2, "batch_size": 16, "lr": 1e-3, "seed": 4, **given})
         start = native_model(encoder, ("bad", "good"), seed=1)
         train, validation, _ = (LABELS[part] for part in PARTS)
@@ -88,9 +89,9 @@ def batches_of(n: int = 70, parts: int = 1, seed: int = 3, size: int = 8) -> Tok
     lengths = np.random.default_rng(0).integers(1, 10, size=2 * n)
     ids = np.concatenate([np.r_[i, np.zeros(length - 1)] for i, length in enumerate(lengths)]).astype(np.int32)
     tokens = Tokens(ids, np.concatenate([[0], lengths.cumsum()]))
-    encoder: Any = None  # not needed for token ids
+    encoder: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=0))  # nothing else is needed for token ids
     index = np.arange(0, 2 * n, 2)
-    return TokenBatches(Texts(encoder, tokens, pad_id=0), index, index * 10, size, seed, [torch.device("cpu")] * parts)
+    return TokenBatches(Texts(encoder, tokens), index, index * 10, size, seed, [torch.device("cpu")] * parts)
 
 
 def seen(batches: TokenBatches, epoch: int) -> list[list[int]]:
@@ -147,12 +148,12 @@ def test_parts_are_the_batch(parts: int) -> None:
 # --- states
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_states_are_the_models_own_and_are_kept_without_padding(
     family: str, task: Callable[..., FineTuning], cache_dir: Path
 ) -> None:
     given = task(family)
-    _, texts = given.thawed(2, given.used)
+    _, texts = given.thawed(2)
     kept = texts.keep()
     (file,) = cache_dir.rglob("*.npy")
     assert kept.kept.shape == (len(given.tokens.ids), 32)
@@ -174,7 +175,7 @@ def test_states_are_the_models_own_and_are_kept_without_padding(
     assert file.stat().st_mtime_ns > before.st_mtime_ns, "but used, so not what is deleted first"
     os.truncate(file, before.st_size - 1)
     assert np.array_equal(texts.keep().kept, whole), "cut short, so computed again"
-    given.thawed(1, given.used)[1].keep()
+    given.thawed(1)[1].keep()
     replace(texts, tokens=given.tokens.take(np.arange(5))).keep()
     assert len(list(cache_dir.rglob("*.npy"))) == 3, "each depth and each set of texts has its own"
 
@@ -183,15 +184,15 @@ def test_states_of_a_killed_run_go_and_the_store_keeps_its_cap(
     task: Callable[..., FineTuning], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = task()
-    given.thawed(2, given.used)[1].keep()
+    given.thawed(2)[1].keep()
     (file,) = cache_dir.rglob("*.npy")
     torn = file.with_name(f".{file.name}.12345678.tmp")
     file.rename(torn)
-    given.thawed(2, given.used)[1].keep()
+    given.thawed(2)[1].keep()
     assert file.is_file()
     assert not torn.exists()
     monkeypatch.setenv("HEADSTART_CACHE_MAX_BYTES", str(file.stat().st_size + 1000))
-    assert given.thawed(1, given.used)[1].keep().kept is not None
+    assert given.thawed(1)[1].keep().kept is not None
     assert not file.exists(), "used longest ago"
     assert len(list(cache_dir.rglob("*.npy"))) == 1
 
@@ -222,12 +223,12 @@ def test_states_that_cannot_be_kept_are_one_sentence(task: Callable[..., FineTun
 # --- the arithmetic
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 @pytest.mark.parametrize("depth", [1, 2, 3, "all"])
 def test_logits_and_gradients_are_transformers(family: str, depth: Any, task: Callable[..., FineTuning]) -> None:
     given = task(family)
     plain = copy.deepcopy(given.start).eval()
-    model, texts = given.thawed(depth, given.used)
+    model, texts = given.thawed(depth)
     if texts.below is not None:  # in full precision, so that only the arithmetic is compared
         encoder = given.encoder
         assert encoder.engine is not None
@@ -270,7 +271,7 @@ def test_logits_and_gradients_are_transformers(family: str, depth: Any, task: Ca
 def by_transformers(task: FineTuning, depth: Any) -> Any:
     """The same training in plain transformers: from token ids, with the lower layers frozen."""
     model = copy.deepcopy(task.start).eval()  # no dropout
-    pad_id, schedule = task.encoder.tokenizer.pad_id, task.schedule
+    schedule = task.schedule
     for name, parameter in model.named_parameters():
         layer = int(name.split(".layer.")[1].split(".")[0]) if ".layer." in name else -1
         below = "embeddings" in name or (layer >= 0 and layer < task.encoder.layers - (depth if depth != "all" else 99))
@@ -284,7 +285,7 @@ def by_transformers(task: FineTuning, depth: Any) -> Any:
         },
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    texts = Texts(task.encoder, task.tokens, pad_id)
+    texts = Texts(task.encoder, task.tokens)
     batches = TokenBatches(texts, PARTS[0], task.train_labels, 16, task.config.seed, [torch.device("cpu")])
     weights = torch.from_numpy(len(task.train_labels) / (2 * np.bincount(task.train_labels))).float()
     steps, step, states, scores = schedule.epochs * len(batches), 0, [], []
@@ -310,7 +311,7 @@ def by_transformers(task: FineTuning, depth: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 @pytest.mark.parametrize("depth", [1, 2, "all"])
 def test_kept_computed_and_whole_model_training_agree(family: str, depth: Any, task: Callable[..., FineTuning]) -> None:
     kept, computed = task(family).fit(depth), task(family, store=False).fit(depth)
@@ -386,7 +387,7 @@ def test_the_settings_are_the_schedule(task: Callable[..., FineTuning]) -> None:
 
 def test_logits_come_in_the_order_asked_for(task: Callable[..., FineTuning]) -> None:
     given = task()
-    model, texts = given.thawed(2, given.used)
+    model, texts = given.thawed(2)
     model.eval()
     index = np.random.default_rng(1).permutation(len(TEXTS))
     got, straight = (logits_of(model, texts, one, 2) for one in (index, np.arange(len(TEXTS))))
@@ -397,7 +398,7 @@ def test_logits_come_in_the_order_asked_for(task: Callable[..., FineTuning]) -> 
 # --- the embeddings
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_HEADS)
 def test_embeddings_that_no_text_uses_are_put_back_unchanged(family: str, task: Callable[..., FineTuning]) -> None:
     given = task(family, weight_decay=0.5)
     name = given.start.get_input_embeddings()
@@ -415,7 +416,7 @@ def test_embeddings_that_no_text_uses_are_put_back_unchanged(family: str, task: 
 
 def test_whole_puts_the_embeddings_back_once(task: Callable[..., FineTuning]) -> None:
     given = task()
-    model, _ = given.thawed("all", given.used)
+    model, _ = given.thawed("all")
     assert model.used is not None
     assert len(model.model.get_input_embeddings().weight) == len(model.used)
     assert same(model.whole(), given.start)
@@ -442,6 +443,18 @@ def test_other_families_are_thawed_as_a_whole_or_not_at_all(task: Callable[..., 
     with torch.inference_mode():
         torch.testing.assert_close(done.model(input_ids=ids, attention_mask=mask).logits, done.test_logits, **EXACT)
     assert [cost.depth for cost in predicted_costs(given, Path())] == ["all"]
+
+
+def test_two_threads_train_them_to_the_same_bytes(task: Callable[..., FineTuning]) -> None:
+    given = task("albert", epochs=4)
+    given.encoder.placement = choose_placement("cpu", "bf16")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (given.fit("all").model for _ in range(4))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(one, first) for one in others)
 
 
 # --- what each depth costs

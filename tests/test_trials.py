@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headstart import config, trials
-from headstart.encoder import Encoder, choose_placement, load_encoder
+from headstart.encoder import Encoder, choose_placement
 from headstart.errors import InputError
 from headstart.features import Features, frozen_features
 from headstart.train import History, fit
@@ -37,7 +37,7 @@ HELD = np.arange(len(TEXTS)) % 5 == 0  # validation
 
 @pytest.fixture(scope="module")
 def encoder(tiny_bert: Path) -> Encoder:
-    return load_encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
+    return Encoder(str(tiny_bert), choose_placement("cpu", "fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def test_the_head_with_the_lowest_validation_loss_is_picked(
 ) -> None:
     picked = train_head(task_of(encoder, features))
     assert picked.tried == len(attempts) >= 20
-    assert picked.validation_loss == min(one.validation_loss for one in attempts)
-    assert len({one.validation_loss for one in attempts}) > 10, "rivals should differ"
+    assert picked.history.kept.validation_loss == min(one.history.kept.validation_loss for one in attempts)
+    assert len({one.history.kept.validation_loss for one in attempts}) > 10, "rivals should differ"
     assert len({one.features for one in attempts}) == len(layer_sets(features.layout))
     # The loss is of the weights that it comes with.
     task = task_of(encoder, features)
     loss = torch.nn.functional.cross_entropy(picked.logits(task.validation), torch.from_numpy(LABELS[HELD]))
-    assert float(loss) == pytest.approx(picked.validation_loss, rel=1e-4)
+    assert float(loss) == pytest.approx(picked.history.kept.validation_loss, rel=1e-4)
     assert float(loss) < np.log(2), "better than knowing nothing"
 
 
@@ -84,7 +84,7 @@ def test_the_two_best_sets_of_layers_are_refined(
 ) -> None:
     train_head(task_of(encoder, features))
     sets = len(layer_sets(features.layout))
-    leaders = sorted(attempts[:sets], key=lambda one: one.validation_loss)[:2]
+    leaders = sorted(attempts[:sets], key=lambda one: one.history.kept.validation_loss)[:2]
     assert {one.features for one in attempts[sets:]} == {one.features for one in leaders}
     for leader in leaders:
         shapes = [
@@ -103,7 +103,7 @@ def test_a_trial_that_is_far_behind_is_stopped(
     assert lengths[0] == 8, "the first has no rival"
     assert {8} < set(lengths) <= {*trials.PRUNE, 8}
     for place, one in enumerate(attempts[1:], start=1):
-        lead = min(attempts[:place], key=lambda rival: rival.validation_loss).history.epochs
+        lead = min(attempts[:place], key=lambda rival: rival.history.kept.validation_loss).history.epochs
         expected = 8
         for after, margin in sorted(trials.PRUNE.items(), reverse=True):
             bound = margin * min(epoch.validation_loss for epoch in lead[:after])
@@ -149,7 +149,7 @@ def test_the_same_seed_picks_the_same_head(encoder: Encoder, features: Features)
     for seed in (4, 4, 5):
         torch.manual_seed(len(picked))  # what came before does not matter
         one = train_head(task_of(encoder, features, seed=seed))
-        picked.append((one.features, one.validation_loss, one.logits(features).numpy().tobytes()))
+        picked.append((one.features, one.history.kept.validation_loss, one.logits(features).numpy().tobytes()))
     assert picked[0] == picked[1]
     assert picked[0][2] != picked[2][2]
 
@@ -167,8 +167,8 @@ def test_ctrl_c_keeps_the_best_so_far(encoder: Encoder, features: Features, monk
     picked = train_head(task_of(encoder, features))
     assert picked.history.interrupted
     assert picked.tried == 4
-    losses = [history.epochs[history.best].validation_loss for history in calls]
-    assert picked.validation_loss == min(losses)
+    losses = [history.kept.validation_loss for history in calls]
+    assert picked.history.kept.validation_loss == min(losses)
 
 
 def test_ctrl_c_before_the_first_head_is_passed_on(
@@ -224,7 +224,7 @@ def test_optuna_tries_as_many_heads_as_asked_and_stops_weak_ones(
 ) -> None:
     picked = train_head(task_of(encoder, features, trials=30, patience=100))
     assert picked.tried == len(attempts) == 30
-    assert picked.validation_loss == min(one.validation_loss for one in attempts)
+    assert picked.history.kept.validation_loss == min(one.history.kept.validation_loss for one in attempts)
     first = attempts[0]
     assert first.spec is not None
     assert (first.features, first.spec.width, first.schedule.lr) == (features.layout, 128, 1e-3)
@@ -242,7 +242,7 @@ def test_optuna_follows_the_seed_and_keeps_what_is_set(
         train_head(task_of(encoder, features, trials=6, seed=seed, lr=2e-3, head_features=("mean-1",)))
         assert {one.schedule.lr for one in attempts} == {2e-3}
         assert {one.features for one in attempts} == {("mean-1",)}
-        chosen.append([(one.spec, one.schedule.weight_decay, one.validation_loss) for one in attempts])
+        chosen.append([(one.spec, one.schedule.weight_decay, one.history.kept.validation_loss) for one in attempts])
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -333,5 +333,5 @@ def test_the_learning_curve_is_of_parts_of_the_texts_and_ends_in_the_head(encode
     curve = learning_curve(whole, head)
     n = len(whole.train)
     assert [point["texts"] for point in curve] == [round(n / 8), round(n / 2), n]
-    assert curve[-1]["validation_accuracy"] == head.history.epochs[head.history.best].validation_accuracy
+    assert curve[-1]["validation_accuracy"] == head.history.kept.validation_accuracy
     assert learning_curve(whole, head) == curve, "the same seed, the same curve"

@@ -18,7 +18,7 @@ import torch
 from headstart import data
 from headstart.config import TrainConfig
 from headstart.data import Dataset, text_key
-from headstart.encoder import choose_placement, load_encoder
+from headstart.encoder import Encoder, choose_placement
 from headstart.errors import DataError, InputError, disk_errors
 from headstart.features import Features, frozen_features
 from headstart.folders import whole_file
@@ -115,7 +115,7 @@ def audit(config: TrainConfig, out: Path) -> Audit:
     labels = _spellings(dataset, found)
     _copies(dataset, others, found)
     _odd_texts(dataset, found)
-    encoder = load_encoder(config.model, choose_placement(config.device, config.precision))
+    encoder = Encoder(config.model, choose_placement(config.device, config.precision))
     tokens = encoder.tokenizer(dataset.texts, progress="tokenizing")
     most = config.max_length or advise_length(tokens.lengths, limit=encoder.max_length, hidden=encoder.hidden).advised
     features = frozen_features(encoder, encoder.tokenizer.truncate(tokens, most))

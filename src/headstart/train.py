@@ -29,7 +29,7 @@ Validate = Callable[[nn.Module], tuple[float, float]]  # mean loss and accuracy,
 Keep = Literal["lowest loss", "most accurate", "last"]  # the epoch, on validation data, whose weights are kept
 Part = tuple[Sequence[torch.Tensor], torch.Tensor]  # what a model is called with, and (texts,) labels
 
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter, as torch names it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter beside its steps, as torch names it
 OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|can.t allocate memory|memoryerror")  # as torch's devices say it
 
 
@@ -118,31 +118,25 @@ class Epoch:
         return f"{losses} ({self.validation_accuracy:.3f})"
 
 
-@dataclass(frozen=True)
-class History:
-    """All epochs, which one's weights were kept (counted from 0), steps taken, and whether Ctrl-C ended it."""
-
-    epochs: tuple[Epoch, ...]
-    best: int
-    steps: int = 0
-    interrupted: bool = False
-
-
 @dataclass
-class Position:
-    """Where training is: `done` steps of an `epoch`, `steps` in all, the epoch's losses, records, the best's weights.
+class History:
+    """All epochs, which one's weights were kept (counted from 0), steps taken, and whether Ctrl-C ended it.
 
-    `halvings` is how often the parts of a batch were cut in two, since memory ran out.
+    While training, also how many steps of the next epoch are done, and how often the parts of a batch were cut in two,
+    since memory ran out.
     """
 
-    best_state: dict[str, torch.Tensor]
-    epoch: int = 0
-    done: int = 0
-    steps: int = 0
-    losses: list[torch.Tensor] = field(default_factory=list)
-    records: list[Epoch] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
     best: int = 0
+    steps: int = 0
+    interrupted: bool = False
+    done: int = 0
     halvings: int = 0
+
+    @property
+    def kept(self) -> Epoch:
+        """The record of the epoch whose weights were kept."""
+        return self.epochs[self.best]
 
 
 def class_weights(labels: NDArray[np.int64], classes: int, kind: ClassWeight) -> torch.Tensor:
@@ -184,21 +178,19 @@ def fit(
     newest is resumed from, and training ends in the same bytes, since all that is random is a function of the seed and
     the epoch. Where memory runs out, batches are computed in smaller pieces; an `InputError` if one text is too much.
     """
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters, optimizer = list(named.values()), AdamW(named, schedule)
-    found = checkpoints.newest() if checkpoints is not None else None
-    at = Position(_copies(named)) if found is None else _restore(*found, named, optimizer)
-    announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda _: None
-    steps, interrupted, stop = schedule.epochs * len(batches), False, False
+    training = Training(model, schedule, weights)
+    if checkpoints is not None and (found := checkpoints.newest()) is not None:
+        training.resume(*found)
+    at, steps, patience = training.history, schedule.epochs * len(batches), schedule.patience or math.inf
+    announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda said: None
+    stop = False
     with termination() as terminated, bar(label, steps, "steps") as advance:
         advance(at.steps, "")
 
-        def after_step(*, epoch_ended: bool = False) -> None:
-            ending = terminated.is_set()
-            due = epoch_ended or (at.done < len(batches) and (ending or checkpoints is None or checkpoints.due()))
-            if checkpoints is not None and due:
-                checkpoints.save(at.steps, *_state(at, named, optimizer))
-            if ending and due:
+        def save() -> None:
+            if checkpoints is not None:
+                checkpoints.save(at.steps, *training.state())
+            if terminated.is_set():
                 kept = "a checkpoint was written; --resume goes on from it" if checkpoints else "nothing was kept"
                 raise TerminatedError(f"SIGTERM: training was ended; {kept}.")
 
@@ -207,47 +199,139 @@ def fit(
 
         def one_epoch() -> None:  # its steps that are not done yet
             model.train()
-            for parts in batches.epoch(at.epoch, at.done):
-                at.losses.append(_gradients(model, parts, weights, parameters, at, announce))
-                nn.utils.clip_grad_norm_(parameters, schedule.clip_norm, foreach=True)
-                optimizer.step(schedule.lr_at(at.steps, steps))
-                at.done, at.steps = at.done + 1, at.steps + 1
-                advance(1, at.records[-1].words() if at.records else "")
-                after_step()
+            for parts in batches.epoch(len(at.epochs), at.done):
+                training.step(parts, schedule.lr_at(at.steps, steps), announce)
+                advance(1, at.epochs[-1].words() if at.epochs else "")
+                if terminated.is_set() or (checkpoints is not None and checkpoints.due()):
+                    save()
                 if is_over():
                     return
 
-        while at.epoch < schedule.epochs and not stop:
-            if schedule.patience is not None and at.epoch - 1 - at.best >= schedule.patience:
-                break
-            started = time.perf_counter()
-            try:
+        try:
+            while not stop and len(at.epochs) < schedule.epochs and len(at.epochs) - at.best <= patience:
+                started = time.perf_counter()
                 try:
                     one_epoch()
                 except KeyboardInterrupt:
                     if not at.done:
                         raise
-                    interrupted = True
+                    at.interrupted = True
                 model.eval()
                 with torch.inference_mode():
                     held = validate(model)
-                record = Epoch(float(torch.stack(at.losses).mean()), *held, time.perf_counter() - started)
-                if not at.records or schedule.prefers(record, at.records[at.best]):
-                    at.best, at.best_state = at.epoch, _copies(named)
-                at.records.append(record)
-                stop = on_epoch(at.epoch, record) or interrupted or is_over()
-                at.epoch, at.done, at.losses = at.epoch + 1, 0, []
+                training.end_epoch(*held, time.perf_counter() - started)
+                stop = on_epoch(len(at.epochs) - 1, at.epochs[-1]) or at.interrupted or is_over()
                 if not stop:
-                    after_step(epoch_ended=True)
-            except KeyboardInterrupt:
-                if not at.records:
-                    raise  # nothing to keep yet
-                interrupted = stop = True
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(at.best_state[name])
+                    save()
+        except KeyboardInterrupt:
+            if not at.epochs:
+                raise  # nothing to keep yet
+            at.interrupted = True
+    copy_tensors(training.best, training.named)
     model.eval()
-    return History(tuple(at.records), at.best, at.steps, interrupted)
+    return at
+
+
+class Training:
+    """A model in training: its steps, and all that the rest of them depends on, which is what a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule, weights: torch.Tensor) -> None:
+        self.model, self.schedule, self.weights, self.history = model, schedule, weights, History()
+        self.named = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self.parameters = list(self.named.values())
+        self.best = {name: one.detach().clone() for name, one in self.named.items()}
+        self.optimizer, self.losses = AdamW(self.named, schedule), list[torch.Tensor]()  # of the epoch's steps
+        kinds = {"now": self.named, "best": self.best, **self.optimizer.state}
+        self.tensors = {f"{kind}.{name}": one.detach() for kind, of in kinds.items() for name, one in of.items()}
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `resume` takes, as tensors and as JSON."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+        return {**tensors, "losses": torch.tensor(self.losses)}, asdict(self.history)
+
+    def resume(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Be where another one was."""
+        copy_tensors(tensors, self.tensors)
+        self.losses = list(tensors["losses"].to(self.parameters[0].device))
+        self.history = History(**{**state, "epochs": [Epoch(**record) for record in state["epochs"]]})
+
+    def step(self, parts: Sequence[Part], lr: float, announce: Callable[[str], None]) -> None:
+        """One step of AdamW down the loss of a batch, in pieces that fit the memory."""
+        at = self.history
+        while (loss := self._gradients(parts)) is None:
+            at.halvings += 1
+            torch.cuda.empty_cache()  # where there is none, it does nothing
+            announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
+        self.losses.append(loss)
+        nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_norm, foreach=True)
+        self.optimizer.step(lr)
+        at.done, at.steps = at.done + 1, at.steps + 1
+
+    def end_epoch(self, validation_loss: float, validation_accuracy: float, seconds: float) -> None:
+        """Note what the epoch came to, and its weights if it is the best."""
+        at, train_loss = self.history, float(torch.stack(self.losses).mean())
+        at.epochs.append(Epoch(train_loss, validation_loss, validation_accuracy, seconds))
+        if len(at.epochs) == 1 or self.schedule.prefers(at.epochs[-1], at.kept):
+            at.best = len(at.epochs) - 1
+            copy_tensors(self.named, self.best)
+        at.done, self.losses = 0, []
+
+    def _gradients(self, parts: Sequence[Part]) -> torch.Tensor | None:
+        """Set the gradients of a batch's loss and return it; None where memory runs out."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        pieces = [piece for part in parts for piece in _cut(part, 2**self.history.halvings)]
+        try:
+            return self._backward(pieces)
+        except (RuntimeError, MemoryError) as error:
+            if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
+                raise
+            if all(len(labels) == 1 for _, labels in pieces):
+                hint = "Thaw fewer layers (--thaw K), or cut texts shorter (--max-length)."
+                raise InputError(f"Memory runs out even with one text at a time. {hint}") from error
+        return None
+
+    def _backward(self, parts: Sequence[Part]) -> torch.Tensor:
+        """The same where memory is enough; parts are computed side by side, their gradients summed."""
+        if len(parts) == 1:
+            loss = self._loss(parts[0])
+            loss.backward()
+            return loss.detach()
+        shares = torch.stack([self.weights[labels].sum() for _, labels in parts])
+        shares = shares / shares.sum()
+
+        def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+            loss = self._loss(parts[number]) * float(shares[number])
+            return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+        total = torch.zeros((), device=self.parameters[0].device)
+        on_cpu = total.device.type == "cpu"  # of other devices each has its own queue, and they wait for nothing
+        for loss, found in (side_by_side if on_cpu else map)(gradients, range(len(parts))):
+            total += loss.to(total.device)
+            for parameter, gradient in zip(self.parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return total
+
+    def _loss(self, part: Part) -> torch.Tensor:
+        inputs, labels = part
+        half = inputs[0].dtype == torch.bfloat16
+        with torch.autocast(labels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            logits = self.model(*inputs).float()
+        where = logits.device
+        return nn.functional.cross_entropy(logits, labels.to(where), weight=self.weights.to(where))
+
+
+def _cut(part: Part, pieces: int) -> list[Part]:
+    inputs, labels = part
+    return list(zip(zip(*(one.chunk(pieces) for one in inputs), strict=True), labels.chunk(pieces), strict=True))
+
+
+def copy_tensors(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    """Give each tensor of `target` the values that `source` has by its name."""
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
 
 
 class AdamW:
@@ -257,95 +341,22 @@ class AdamW:
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], schedule: Schedule) -> None:
-        self.named = named
-        self.state = {
-            name: dict(zip(ADAM, (one.new_zeros(()), torch.zeros_like(one), torch.zeros_like(one)), strict=True))
-            for name, one in named.items()
-        }
-        groups: dict[float, list[str]] = {}
+        self.named, self.groups = named, dict[float, list[str]]()
+        self.state = {kind: {name: torch.zeros_like(one) for name, one in named.items()} for kind in MOMENTS}
+        self.state["step"] = {name: one.new_zeros(()) for name, one in named.items()}
         for name, parameter in named.items():
             decayed = schedule.warmup is None or (parameter.ndim > 1 and "embeddings" not in name)
-            groups.setdefault(schedule.weight_decay if decayed else 0.0, []).append(name)
-        self.groups = groups
+            self.groups.setdefault(schedule.weight_decay if decayed else 0.0, []).append(name)
 
     def step(self, lr: float) -> None:
         """Change every parameter that has a gradient."""
         same = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False, "fused": True}
         for decay, names in self.groups.items():
             given = {name: one for name in names if (one := self.named[name]).grad is not None}
-            steps, means, squares = ([self.state[name][part] for name in given] for part in ADAM)
+            means, squares, steps = ([remembered[name] for name in given] for remembered in self.state.values())
             gradients = [one.grad for one in given.values()]
             with torch.no_grad():
                 adamw(list(given.values()), gradients, means, squares, [], steps, lr=lr, weight_decay=decay, **same)
-
-
-def _gradients(
-    model: nn.Module,
-    parts: Sequence[Part],
-    weights: torch.Tensor,
-    parameters: Sequence[nn.Parameter],
-    at: Position,
-    announce: Callable[[str], None],
-) -> torch.Tensor:
-    """Set the gradients of a batch's loss and return it, in pieces that fit the memory."""
-    while True:
-        for parameter in parameters:
-            parameter.grad = None
-        pieces = parts
-        for _ in range(at.halvings):
-            pieces = [half for part in pieces for half in _halves(part)]
-        try:
-            return _backward(model, pieces, weights, parameters)
-        except (RuntimeError, MemoryError) as error:
-            if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
-                raise
-            if all(len(labels) == 1 for _, labels in pieces):
-                hint = "Thaw fewer layers (--thaw K), or cut texts shorter (--max-length)."
-                raise InputError(f"Memory runs out even with one text at a time. {hint}") from error
-        at.halvings += 1  # outside the handler, whose traceback holds on to what filled the memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
-
-
-def _halves(part: Part) -> list[Part]:
-    inputs, labels = part
-    size = -(-len(labels) // 2)
-    return list(zip(zip(*(one.split(size) for one in inputs), strict=True), labels.split(size), strict=True))
-
-
-def _backward(
-    model: nn.Module, parts: Sequence[Part], weights: torch.Tensor, parameters: Sequence[nn.Parameter]
-) -> torch.Tensor:
-    """Set the gradients of a batch's loss and return it; parts are computed side by side, their gradients summed."""
-    if len(parts) == 1:
-        loss = _loss(model, parts[0], weights)
-        loss.backward()
-        return loss.detach()
-    shares = torch.stack([weights[labels].sum() for _, labels in parts])
-    shares = shares / shares.sum()
-
-    def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-        loss = _loss(model, parts[number], weights) * float(shares[number])
-        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    on_cpu = parameters[0].device.type == "cpu"  # of other devices each has its own queue, and they wait for nothing
-    total = torch.zeros((), device=parameters[0].device)
-    for loss, found in (side_by_side if on_cpu else map)(gradients, range(len(parts))):
-        total += loss.to(total.device)
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-    return total
-
-
-def _loss(model: nn.Module, part: Part, weights: torch.Tensor) -> torch.Tensor:
-    inputs, labels = part
-    half = inputs[0].dtype == torch.bfloat16
-    with torch.autocast(labels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-        logits = model(*inputs).float()
-    where = logits.device
-    return nn.functional.cross_entropy(logits, labels.to(where), weight=weights.to(where))
 
 
 @contextlib.contextmanager
@@ -358,32 +369,3 @@ def termination() -> Iterator[threading.Event]:
     finally:
         if here:
             signal.signal(signal.SIGTERM, before)
-
-
-def _copies(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named.items()}
-
-
-def _state(
-    at: Position, named: Mapping[str, nn.Parameter], optimizer: AdamW
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything that the rest of the training depends on, as tensors and as JSON."""
-    tensors = {f"now.{name}": parameter.detach() for name, parameter in named.items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in at.best_state.items()}
-    tensors |= {f"{part}.{name}": one for name, parts in optimizer.state.items() for part, one in parts.items()}
-    state = {name: getattr(at, name) for name in ("epoch", "done", "steps", "best", "halvings")}
-    state |= {"losses": [float(loss) for loss in at.losses], "records": [asdict(record) for record in at.records]}
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, state
-
-
-def _restore(
-    tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], named: Mapping[str, nn.Parameter], optimizer: AdamW
-) -> Position:
-    for name, parameter in named.items():
-        parameter.data.copy_(tensors[f"now.{name}"])
-        for part, remembered in optimizer.state[name].items():
-            remembered.copy_(tensors[f"{part}.{name}"])
-    best = {name: tensors[f"best.{name}"].to(parameter.device) for name, parameter in named.items()}
-    device = next(iter(best.values())).device
-    lists = {"losses": [torch.tensor(loss, device=device) for loss in state["losses"]]}
-    return Position(best, **{**state, **lists, "records": [Epoch(**one) for one in state["records"]]})

@@ -13,11 +13,12 @@ from torch import nn
 
 from headstart.config import TrainConfig
 from headstart.encoder import Encoder
+from headstart.engine import PooledHead
 from headstart.errors import InputError
 from headstart.features import Features
-from headstart.model import HeadSpec, NativeHead, head_inputs, native_feature, native_model, new_head, pooled_model
+from headstart.model import HeadSpec, NativeHead, PooledModel, head_inputs, native_feature, native_model
 from headstart.progress import bar
-from headstart.train import Epoch, FeatureBatches, History, Schedule, class_weights, fit, loss_and_accuracy
+from headstart.train import Epoch, FeatureBatches, History, Keep, Schedule, class_weights, fit, loss_and_accuracy
 
 HEAD_EPOCHS = 60
 FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}
@@ -44,6 +45,10 @@ class Task:
     validation_labels: NDArray[np.int64]
     names: tuple[str, ...]
     config: TrainConfig
+
+    def take(self, index: NDArray[np.int64]) -> "Task":
+        """The task with only the training texts at `index`."""
+        return replace(self, train=self.train.take(index), train_labels=self.train_labels[index])
 
     def inputs(self, features: tuple[str, ...], *, standardize: bool) -> list[torch.Tensor]:
         """What a head reads of training and validation texts, (n, d), and what it was shifted and scaled by, (d,)."""
@@ -86,11 +91,6 @@ class TrainedHead:
     history: History
     tried: int = 1
 
-    @property
-    def validation_loss(self) -> float:
-        """Of the epoch kept."""
-        return self.history.epochs[self.history.best].validation_loss
-
     def logits(self, features: Features) -> torch.Tensor:
         """(n, labels) logits of stored features."""
         with torch.inference_mode():
@@ -98,7 +98,7 @@ class TrainedHead:
 
     def whole(self, names: Sequence[str]) -> Any:
         """The encoder and the head as what a run folder holds: a `PooledModel` or a transformers model."""
-        return self.head.model.eval() if self.spec is None else pooled_model(self.encoder, self.head, self.spec, names)
+        return self.head.model.eval() if self.spec is None else PooledModel(self.encoder, self.head, self.spec, names)
 
     def description(self) -> dict[str, Any]:
         """What headstart.json says of the head."""
@@ -153,7 +153,8 @@ def _fit(
     if spec is None:
         head = trained = NativeHead(native_model(task.encoder, task.names, task.config.seed))
     else:
-        head = new_head(inputs.shape[1], spec, len(task.names), task.config.seed)
+        torch.manual_seed(task.config.seed)
+        head = PooledHead(inputs.shape[1], spec.width, len(task.names), spec.dropout)
         head.mean.copy_(mean)
         head.scale.copy_(scale)
         trained = head.layers  # `inputs` come standardised
@@ -174,8 +175,7 @@ def pick_head(task: Task) -> TrainedHead:
     config = task.config
     most = SEARCH_ROWS if config.trials is None else TRIAL_ROWS
     if len(task.train) > most:
-        some = np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:most])
-        best = pick_head(replace(task, train=task.train.take(some), train_labels=task.train_labels[some]))
+        best = pick_head(task.take(np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:most])))
         return best if best.history.interrupted else replace(_fit(task, best.spec, best.schedule), tried=best.tried)
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
     first, *refinements = {task.plan((), guess): guess for guess in (FIRST_GUESS, *REFINEMENTS)}.values()  # each once
@@ -184,7 +184,7 @@ def pick_head(task: Task) -> TrainedHead:
 
         def attempt(features: tuple[str, ...], guess: dict[str, float], hopeless: Hopeless) -> TrainedHead:
             tried.append(_fit(task, *task.plan(features, guess), hopeless))
-            advance(1, f"best loss {best_of(tried).validation_loss:.3f}")
+            advance(1, f"best loss {best_of(tried).history.kept.validation_loss:.3f}")
             if tried[-1].history.interrupted:
                 raise KeyboardInterrupt
             return tried[-1]
@@ -200,7 +200,7 @@ def pick_head(task: Task) -> TrainedHead:
                 optuna_search(sets, task, attempt)
             else:
                 rivals = [attempt(features, first, behind) for features in sets]
-                for leader in sorted(rivals, key=lambda one: one.validation_loss)[:2]:
+                for leader in sorted(rivals, key=lambda one: one.history.kept.validation_loss)[:2]:
                     for guess in refinements:
                         attempt(leader.features, guess, behind)
         except KeyboardInterrupt:
@@ -213,7 +213,7 @@ def pick_head(task: Task) -> TrainedHead:
 
 def best_of(tried: Sequence[TrainedHead]) -> TrainedHead:
     """The head with the lowest validation loss (steadier than accuracy on small parts), the earliest of equals."""
-    return min(tried, key=lambda one: one.validation_loss)
+    return min(tried, key=lambda one: one.history.kept.validation_loss)
 
 
 def optuna_search(sets: Sequence[tuple[str, ...]], task: Task, attempt: Attempt) -> None:
@@ -238,7 +238,7 @@ def optuna_search(sets: Sequence[tuple[str, ...]], task: Task, attempt: Attempt)
             trial.report(epoch.validation_loss, number + 1)
             return trial.should_prune()
 
-        return attempt(features, trial.params, hopeless).validation_loss
+        return attempt(features, trial.params, hopeless).history.kept.validation_loss
 
     study.optimize(loss, n_trials=task.config.trials)
 
@@ -258,8 +258,7 @@ def in_folds(task: Task, head: TrainedHead, groups: NDArray[np.int64]) -> tuple[
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=task.config.seed)
     with bar("folds", folds, "folds") as advance:
         for number, (rest, held) in enumerate(splitter.split(np.empty((len(texts), 1)), labels, groups)):
-            parts = texts.take(rest), texts.take(held), labels[rest], labels[held]
-            fold = Task(task.encoder, *parts, task.names, task.config)
+            fold = replace(task.take(rest), validation=texts.take(held), validation_labels=labels[held])
             logits[torch.from_numpy(held)] = refit(fold, head).logits(fold.validation)
             fold_of[held] = number
             advance(1, "")
@@ -267,23 +266,16 @@ def in_folds(task: Task, head: TrainedHead, groups: NDArray[np.int64]) -> tuple[
 
 
 @one_thread()
-def refit(task: Task, head: TrainedHead) -> TrainedHead:
+def refit(task: Task, head: TrainedHead, keep: Keep = "last") -> TrainedHead:
     """A head like `head`, trained on all of the task's training texts for as many epochs as `head` was best after."""
-    schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None, keep="last")
+    schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None, keep=keep)
     return replace(_fit(task, head.spec, schedule), tried=head.tried)
 
 
-@one_thread()
 def learning_curve(task: Task, head: TrainedHead) -> list[dict[str, Any]]:
     """Validation accuracy of heads like `head`, each trained on so many of the texts; the last is `head` itself."""
     order = np.random.default_rng(task.config.seed).permutation(len(task.train))
-    schedule = replace(head.schedule, epochs=head.history.best + 1, patience=None)
-    curve = []
-    for share, most in CURVE:
-        some = np.sort(order[: min(round(share * len(order)), most)])
-        part = replace(task, train=task.train.take(some), train_labels=task.train_labels[some])
-        if len(np.unique(part.train_labels)) == len(np.unique(task.train_labels)):
-            history = _fit(part, head.spec, schedule).history
-            curve.append({"texts": len(some), "validation_accuracy": history.epochs[history.best].validation_accuracy})
-    whole = head.history.epochs[head.history.best].validation_accuracy
-    return [*curve, {"texts": len(order), "validation_accuracy": whole}]
+    parts = [task.take(np.sort(order[: min(round(share * len(order)), most)])) for share, most in CURVE]
+    known = [part for part in parts if len(np.unique(part.train_labels)) == len(np.unique(task.train_labels))]
+    heads = [*((part, refit(part, head, "lowest loss")) for part in known), (task, head)]
+    return [{"texts": len(of.train), "validation_accuracy": one.history.kept.validation_accuracy} for of, one in heads]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import headstart
 from headstart import data, predict
-from headstart.encoder import Encoder, choose_placement, encode, load_encoder, stored_layout
+from headstart.encoder import Encoder, choose_placement, encode, stored_layout
 from headstart.run import Run
 from headstart.tokens import Tokens
 
@@ -29,7 +29,7 @@ def sample() -> list[str]:
 
 @pytest.fixture(scope="module")
 def exact() -> Encoder:
-    return load_encoder("minilm", choose_placement("cpu", "fp32"))
+    return Encoder("minilm", choose_placement("cpu", "fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_frozen_pass_is_transformers_own(exact: Encoder, sample: list[str]) 
 
 
 def test_half_precision_stays_within_the_stated_tolerance(exact: Encoder, sample: list[str]) -> None:
-    coarse = load_encoder("minilm", choose_placement("cpu", "bf16"))
+    coarse = Encoder("minilm", choose_placement("cpu", "bf16"))
     assert coarse.fingerprint != exact.fingerprint, "the store keeps them apart"
     tokens = exact.tokenizer(sample)
     true, got = vectors(exact, tokens), vectors(coarse, tokens)
