@@ -30,6 +30,7 @@ ROOMS = (
     "predict",
     "metrics",
     "judge",
+    "prepare",
     "explain",
     "audit",
     "report",

@@ -14,7 +14,7 @@ import polars
 
 from headstart.config import TrainConfig
 from headstart.errors import HeadstartError
-from headstart.run import read
+from headstart.prepare import read
 
 TEXTS = 40  # of each label, for a few steps
 

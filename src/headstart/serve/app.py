@@ -9,6 +9,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,15 +140,15 @@ class Service:
 
     def explanation(self, text: str) -> dict[str, Any]:
         """An explanation as JSON has it, one at a time; it goes on where nobody waits any more."""
-        from headstart.explain import explain
+        from headstart.explain import FEW, explain
 
         if not self.explaining.acquire(blocking=False):
             raise OverloadedError("Another text is being explained.")
         try:
-            found = explain(self.exact, text, "gradients at a few points")
+            found = explain(self.exact, text, FEW)
         finally:
             self.explaining.release()
-        return {**found._asdict(), "words": [word._asdict() for word in found.words]}
+        return asdict(found)
 
     @functools.cached_property
     def exact(self) -> Any:
