@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from headstart.config import Calibration, ClassWeight, Device, HeadKind, Precision, Recipe, from_file, settings
+from headstart.config import (
+    Calibration,
+    ClassWeight,
+    Device,
+    HeadKind,
+    Precision,
+    Recipe,
+    ServeConfig,
+    from_file,
+    settings,
+)
 from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, count_of, disk_errno, printable
 
 # Each long option may be written with underscores, as Hugging Face's scripts do.
@@ -240,6 +250,36 @@ def export(
 
     found = export(Path(folder), "int8" if int8 else "fp32", "warns" if force else "refuses", test)
     say(report.filled("export.txt", {**vars(found), "run": folder}))
+
+
+@app.command()
+def serve(
+    folder: RunArgument,
+    host: Annotated[Words, opt("--host ADDRESS", "The address to listen on (127.0.0.1).")] = None,
+    port: Annotated[Whole, opt("--port N", "The port; 0 takes a free one (8080).")] = None,
+    api_key_env: Annotated[
+        Words, opt("--api-key-env NAME", "The environment variable with the key to ask for.")
+    ] = None,
+    min_confidence: Annotated[float | None, opt("--min-confidence P", "Answer `abstain` first below it.")] = None,
+    max_body_bytes: Annotated[Whole, opt("--max-body-bytes N", "Largest request (2000000).")] = None,
+    max_batch: Annotated[Whole, opt("--max-batch N", "Most texts a request (32).")] = None,
+    max_waiting: Annotated[Whole, opt("--max-waiting N", "Most texts that wait; more get 429 (512).")] = None,
+    max_connections: Annotated[Whole, opt("--max-connections N", "Most open connections (1000).")] = None,
+    timeout: Annotated[float | None, opt("--timeout S", "Seconds for an answer (30).")] = None,
+    read_timeout: Annotated[
+        float | None, opt("--read-timeout S", "Seconds for headers, and body, to come (10).")
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Answer over HTTP, with a page to try it at /, as text-embeddings-inference and Hugging Face's clients ask."""
+    given = {name: value for name, value in locals().items() if name not in ("folder", "device", "precision")}
+    config = ServeConfig(**{name: value for name, value in given.items() if value is not None})
+    try:
+        from headstart.serve import server
+    except ImportError as error:
+        raise InputError("serve needs more. Install it with: pip install 'headstart[serve]'") from error
+    server.serve(folder, config, device, precision, note)
 
 
 @app.command()

@@ -99,6 +99,32 @@ class TrainConfig:
                 raise InputError(problem)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Every setting of `headstart serve`, but for the run folder."""
+
+    host: str = "127.0.0.1"  # The address to listen on; others than this machine's own should come with a key.
+    port: int = 8080  # 0: any that is free.
+    api_key_env: str | None = None  # The environment variable with the key that clients must send.
+    min_confidence: float = 0.0  # Below it, `abstain` comes before the labels.
+    max_body_bytes: int = 2_000_000  # Of a request.
+    max_batch: int = 32  # Texts a request.
+    max_waiting: int = 512  # Texts that wait for an answer; a request for more is refused at once.
+    max_connections: int = 1000  # Open ones; one more is refused at once.
+    timeout: float = 30.0  # Seconds for an answer, once a request is there.
+    read_timeout: float = 10.0  # Seconds for a request's headers to come, and for its body.
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("host", "api_key_env", "port", "min_confidence") and value <= 0:
+                raise InputError(f"--{field.name.replace('_', '-')} must be more than 0, and {value} was given.")
+        if not 0 <= self.min_confidence <= 1:
+            raise InputError(f"--min-confidence takes a number from 0 to 1, and {self.min_confidence} was given.")
+        if not 0 <= self.port < 65536:
+            raise InputError(f"--port takes a number from 0 to 65535, and {self.port} was given.")
+
+
 RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults above
     "headstart": {},
     "article": {

@@ -5,11 +5,11 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from gzip import GzipFile
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -23,7 +23,7 @@ from headstart.onnx import is_exported, load_exported
 from headstart.progress import bar
 from headstart.runs import Classifier
 from headstart.tables import file_format, find_column, parsing, refuse_nested, resolve_path, scan
-from headstart.tokens import like_length_batches
+from headstart.tokens import Tokens, like_length_batches
 
 CHUNK_ROWS = 2048
 ABSTAIN = "abstain"  # the answer where confidence is under the least asked for
@@ -38,6 +38,20 @@ def probabilities_of(logits: ArrayLike) -> NDArray[np.float64]:
     exact = np.asarray(logits, np.float64)
     powers = np.exp(exact - exact.max(axis=1, keepdims=True, initial=-np.inf))
     return powers / powers.sum(axis=1, keepdims=True)
+
+
+def token_logits(
+    classifier: Classifier, tokens: Tokens, most_tokens: int = 2048, apply: Callable[..., Iterable[Any]] = map
+) -> NDArray[np.float32]:
+    """(n, labels) logits of truncated texts, in batches of like length that `apply` computes, one by one or at once."""
+    logits = np.empty((len(tokens), len(classifier.names)), np.float32)
+
+    def one(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return index, classifier.logits(*tokens.padded(index, classifier.tokenizer.pad_id))
+
+    for index, found in apply(one, like_length_batches(tokens.lengths, most_tokens=most_tokens)):
+        logits[index] = found
+    return logits
 
 
 class Scores(NamedTuple):
@@ -93,10 +107,9 @@ class Predictor:
         tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
         whole = tokenizer([text for _, text in fresh])
         tokens = tokenizer.truncate(whole, limit)
-        logits = np.empty((len(tokens), len(self.names)), np.float32)
-        for index in like_length_batches(tokens.lengths):
-            logits[index] = self.classifier.logits(*tokens.padded(index, tokenizer.pad_id))
-        answers = zip(probabilities_of(logits), (whole.lengths > limit).tolist(), strict=True)
+        answers = zip(
+            probabilities_of(token_logits(self.classifier, tokens)), (whole.lengths > limit).tolist(), strict=True
+        )
         return {key: answer for (key, _), answer in zip(fresh, answers, strict=True)}
 
 

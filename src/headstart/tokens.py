@@ -39,7 +39,7 @@ class Tokens:
 
     def take(self, index: Ints) -> "Tokens":
         """The texts at `index`, in that order."""
-        return _ragged([self[i] for i in index.tolist()])
+        return ragged([self[i] for i in index.tolist()])
 
     def padded(self, index: Ints, pad_id: int) -> tuple[Ints, Ints]:
         """The texts at `index` as (batch, longest) int64 ids, padded on the right, and their 0/1 mask."""
@@ -50,7 +50,8 @@ class Tokens:
         return ids, mask.astype(np.int64)
 
 
-def _ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
+def ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
+    """Texts of these token ids."""
     return Tokens(np.concatenate([np.empty(0, np.int32), *pieces]), np.cumsum([0, *map(len, pieces)], dtype=np.int64))
 
 
@@ -86,7 +87,7 @@ class Tokenizer:
                 encoded = self.fast.encode_batch_fast(list(texts[start : start + CHUNK]))
                 pieces.extend(np.array(one.ids, dtype=np.int32) for one in encoded)
                 advance(len(encoded), "")
-        return _ragged(pieces)
+        return ragged(pieces)
 
     def truncate(self, tokens: Tokens, max_length: int) -> Tokens:
         """Each text cut to `max_length` tokens, closing special tokens kept, as `tokenizers` truncates."""
@@ -94,7 +95,7 @@ class Tokenizer:
             return tokens
         keep = max_length - len(self.suffix)
         pieces = (tokens[i] for i in range(len(tokens)))
-        return _ragged([np.append(ids[:keep], self.suffix) if len(ids) > max_length else ids for ids in pieces])
+        return ragged([np.append(ids[:keep], self.suffix) if len(ids) > max_length else ids for ids in pieces])
 
 
 class Candidate(NamedTuple):

@@ -1,0 +1,131 @@
+"""The server: its socket, its patience with slow clients, how it begins and ends. It knows nothing of texts."""
+
+import asyncio
+import functools
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from headstart.config import Device, Precision, ServeConfig
+from headstart.errors import InputError, StoppedEarlyError
+from headstart.predict import load
+from headstart.serve.app import LOG, Service, make_app
+
+GRACE = 30  # seconds in which what was accepted is answered after SIGTERM
+MOST_HEADER_BYTES = 65_536
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: 68\r\nretry-after: 1\r\n"
+    b'connection: close\r\n\r\n{"error": "Too many connections are open.", "error_type": "Unhealthy"}'
+)
+
+
+def serve(run: str, config: ServeConfig, device: Device, precision: Precision, announce: Callable[[str], None]) -> None:
+    """Serve a run folder until SIGTERM or Ctrl-C; what was accepted by then is answered.
+
+    A `RunError` if it cannot be loaded, an `InputError` if the address or the key cannot be used.
+    """
+    key = None
+    if config.api_key_env is not None and not (key := os.environ.get(config.api_key_env)):
+        raise InputError(f"--api-key-env: the environment has no {config.api_key_env}, or an empty one.")
+    predictor = load(run, device=device, precision=precision, min_confidence=config.min_confidence)
+    predictor.predict(["to warm up"])
+    listening = listen(config.host, config.port)
+    host, port = listening.getsockname()[:2]
+    if key is None and not ipaddress.ip_address(host).is_loopback:
+        announce(f"Warning   {host} can be reached by others, and no key is asked for: see --api-key-env.")
+    LOG.setLevel(logging.INFO)
+    LOG.addHandler(logging.StreamHandler())
+    protocol: Any = functools.partial(PatientProtocol, config)
+    plain: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "server_header": False}
+    app = make_app(Service(Path(run), predictor.classifier, config, key))
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=GRACE, **plain))
+    announce(f"Serving   http://{f'[{host}]' if ':' in host else host}:{port}")
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        raise StoppedEarlyError("Ctrl-C: the server has stopped; what it had accepted was answered.") from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, so that no client is turned away from now on; an `InputError` if it cannot."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: cannot be listened on ({error.strerror}). Choose another."
+        ) from error
+    return listening
+
+
+class PatientProtocol(HttpToolsProtocol):
+    """Uvicorn's HTTP, but for its endless patience.
+
+    It closes a connection whose request's headers, or then its body, do not come in time, or whose headers are too
+    large, and one that is too many.
+    """
+
+    def __init__(self, limits: ServeConfig, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.limits = limits
+        self.timer: asyncio.TimerHandle | None = None
+        self.head: int | None = 0  # bytes of a request's headers that have come; None while its body does
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuse one too many, or wait for its headers."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            transport.write(FULL)
+            transport.close()
+        else:
+            self.wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Count what comes before a request's headers are whole."""
+        super().data_received(data)
+        if self.head is not None:
+            self.head += len(data)
+            if self.head > MOST_HEADER_BYTES:
+                self.transport.abort()
+
+    def wait(self) -> None:
+        """Give up unless `stop` is called in time."""
+        self.stop()
+        self.timer = self.loop.call_later(self.limits.read_timeout, self.transport.abort)
+
+    def stop(self) -> None:
+        """What was waited for has come."""
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def on_message_begin(self) -> None:
+        """A request has begun: wait for its headers."""
+        super().on_message_begin()
+        self.wait()
+
+    def on_headers_complete(self) -> None:
+        """Its headers are there: wait for its body."""
+        super().on_headers_complete()
+        self.head = None
+        self.wait()
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        super().on_message_complete()
+        self.head = 0
+        self.stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is there to wait for."""
+        super().connection_lost(exc)
+        self.stop()
