@@ -99,7 +99,7 @@ async function ask(path, body, { signal, busy = () => {} } = {}) {
       answer = await response.text();
     } catch (error) {
       signal?.throwIfAborted();
-      throw new Error("The server does not answer. Is `headstart serve` still running?", { cause: error });
+      throw new Error("The server does not answer. Is headstart serve still running?", { cause: error });
     }
     if (response.status === 401) {
       if (used === key) await unlessAborted(askForKey(), signal);
@@ -202,7 +202,6 @@ function scorer(section, thing) {
   async function run(texts, answers, shown = () => {}) {
     stop();
     const mine = current;
-    const started = performance.now();
     texts.forEach((text, row) => isBlank(text) && (answers[row] = null));
     let done = answers.filter((answer) => answer !== undefined).length;
     const advance = (more) => {
@@ -223,7 +222,7 @@ function scorer(section, thing) {
       advance(0);
       await scoreAll(texts, answers, { advance, busy, signal: mine.signal });
       if (current !== mine) return false;
-      say(status, ...outcome(answers, thing, (performance.now() - started) / 1000));
+      say(status, ...outcome(answers, thing));
       return true;
     } catch (error) {
       if (current !== mine) return false;
@@ -262,7 +261,7 @@ function tally(answers) {
 }
 
 /** What scoring came to, in words. */
-function outcome(answers, thing, seconds) {
+function outcome(answers, thing) {
   if (answers.length === 1 && answers[0]) {
     return [quoted(answers[0].prediction), `, with a confidence of ${score(answers[0].confidence)}.`];
   }
@@ -272,7 +271,6 @@ function outcome(answers, thing, seconds) {
   if (counts.length > 5) labels.push(`and ${plural(counts.length - 5, "other label")}`);
   return [
     `${plural(answers.length - blank, thing)} scored`,
-    seconds >= 1 ? ` in ${seconds.toFixed(1)} s` : "",
     ...(labels.length ? [": ", ...listed(labels)] : []),
     blank ? `. ${plural(blank, thing)} without text got no label.` : ".",
   ];
@@ -346,11 +344,12 @@ function parseCsv(text, delimiter) {
   let row = [];
   let at = 0;
   do {
+    const number = rows.length + 1;
     let cell = "";
     const isQuoted = text[at] === '"';
     while (text[at] === '"') {
       const close = text.indexOf('"', at + 1);
-      if (close < 0) throw new Error(`Row ${rows.length + 1} opens a quote that is never closed. Close it, or double it.`);
+      if (close < 0) throw new Error(`Row ${number} opens a quote that is never closed. Close it, or double it.`);
       cell += (text[at - 1] === '"' ? '"' : "") + text.slice(at + 1, close);
       at = close + 1;
     }
@@ -359,7 +358,7 @@ function parseCsv(text, delimiter) {
     const isLast = text[end] !== delimiter; // of its row
     const rest = isLast && text[end - 1] === "\r" && end > at ? text.slice(at, end - 1) : text.slice(at, end);
     if (isQuoted && rest) {
-      throw new Error(`Row ${rows.length + 1} has a lone quote. Put quotes around the text, and double the one inside.`);
+      throw new Error(`Row ${number} has a lone quote. Put quotes around the text, and double the one inside.`);
     }
     row.push(cell + rest);
     at = end + 1;
@@ -430,11 +429,10 @@ function drawBars(list, bars) {
 function drawSummary(result, answers) {
   const counts = tally(answers);
   const all = counts.reduce((sum, [, number]) => sum + number, 0);
-  const most = counts.length ? counts[0][1] : 1;
-  const bars = counts.slice(0, 20).map(([label, number]) => {
-    return [label, number / most, `${count(number)} (${Math.round((100 * number) / all)}%)`];
+  const bars = counts.map(([label, number]) => {
+    return [label, number / all, `${count(number)} (${Math.round((100 * number) / all)}%)`];
   });
-  drawBars(result.querySelector(".summary"), bars);
+  drawBars(result.querySelector(".summary"), bars.slice(0, 20));
 }
 
 function drawAnswer(text, { prediction, confidence, shares }) {
@@ -452,6 +450,7 @@ function drawAnswer(text, { prediction, confidence, shares }) {
   item.querySelector(".others summary").textContent = plural(bars.length - few, "other label");
   const why = item.querySelector(".why");
   why.hidden = !info.explains;
+  why.ariaLabel = `Why? ${text.slice(0, MOST_NAME)}`;
   why.addEventListener("click", () => toggleExplanation(item, text));
   return item;
 }
@@ -474,7 +473,6 @@ async function toggleExplanation(item, text) {
     const found = await ask("explain", { inputs: sendable(text) }, { busy });
     if (why.ariaExpanded === "false") return;
     drawExplanation(item, found);
-    say(status);
   } catch (error) {
     why.ariaExpanded = "false";
     complain(status, error);
@@ -489,10 +487,9 @@ function drawExplanation(item, { text, label, words }) {
   const strongest = (some) => listed(some.map((word) => [quoted(word.word, 40), ` ${signed(word.score)}`]));
   const helping = ranked.filter((word) => word.score > 0).slice(0, 3);
   const opposing = ranked.filter((word) => word.score < 0).slice(-3).reverse();
-  const said = item.querySelector(".strongest");
-  said.replaceChildren();
-  if (helping.length) said.append("For it most: ", ...strongest(helping), ". ");
-  if (opposing.length) said.append("Against it most: ", ...strongest(opposing), ".");
+  const most = helping.length ? ["For it most: ", ...strongest(helping), ". "] : [];
+  if (opposing.length) most.push("Against it most: ", ...strongest(opposing), ".");
+  say(item.querySelector(".status"), ...most);
   const rows = words.map((word) => {
     const head = element("th", quoted(word.word));
     head.scope = "row";
@@ -591,15 +588,17 @@ function setUpTable() {
       complain(scoring.status, error);
       return;
     }
+    const found = findTextColumn(table.columns);
     choice.replaceChildren(...table.columns.map((name, i) => new Option(name || `(column ${i + 1} has no name)`, i)));
-    choice.value = findTextColumn(table.columns);
+    if (found < 0) choice.prepend(new Option("choose a column", ""));
+    choice.value = found < 0 ? "" : found;
     form.hidden = false;
     chooseColumn();
     if (choice.value) {
       start();
     } else {
-      const found = `${plural(table.rows.length, "row")}. Which column has the text? The names are those of the first row.`;
-      say(scoring.status, quoted(file.name), ": ", found);
+      const question = "Which column has the text? The names are those of the first row.";
+      say(scoring.status, quoted(file.name), `: ${plural(table.rows.length, "row")}. ${question}`);
       choice.focus();
     }
   }
@@ -643,8 +642,9 @@ function setUpTable() {
       sure.className = "number";
       return element("tr", head, element("td", quoted(answer?.prediction ?? "")), sure);
     });
-    section.querySelector("caption").textContent =
-      table.rows.length > rows.length ? `The first ${rows.length} of ${count(table.rows.length)} rows` : "The rows";
+    const some = table.rows.length > rows.length ? `the first ${rows.length} of ` : "";
+    const about = `: ${some}${plural(table.rows.length, "row")}`;
+    section.querySelector("caption").replaceChildren(quoted(table.name), about);
     section.querySelector("tbody").replaceChildren(...rows);
   }
 
@@ -653,9 +653,9 @@ function setUpTable() {
     start();
   });
   choice.addEventListener("change", chooseColumn);
-  page("file").addEventListener("change", ({ target }) => {
-    if (target.files.length) open(target.files[0]);
-  });
+  const input = page("file");
+  input.addEventListener("click", () => (input.value = "")); // so that a file that was mended can be chosen again
+  input.addEventListener("change", () => input.files.length && open(input.files[0]));
   acceptDrops(section.querySelector(".zone"), open);
 }
 
