@@ -177,7 +177,7 @@ def test_it_says_which_model_it_is_and_how_good(browser: Any, served: str, tiny_
     visit(browser, served)
     tested = json.loads((tiny_run / "metrics.json").read_text())["test"]
     low, high = tested["accuracy_ci95"]
-    said = f"{tested['accuracy']:.3f}accuracy on {tested['n']} test texts, 95% interval {low:.3f} to {high:.3f}"
+    said = f"{tested['accuracy']:.3f} accuracy on {tested['n']} test texts, 95% interval {low:.3f} to {high:.3f}"
     assert told(browser, "h1") == tiny_run.name
     assert told(browser, "#score") == said
     assert told(browser, "#facts").startswith("Labels0, 1Readsat most ")
@@ -360,6 +360,15 @@ def test_a_table_that_was_scored_before_keeps_one_prediction(browser: Any, serve
     assert header == ["prediction", "text", "p_1", "confidence", "p_0"]
     assert {row[0] for row in scored} <= {"0", "1"}
     assert all(float(row[2]) + float(row[4]) == pytest.approx(1) for row in scored)
+
+
+def test_long_texts_go_in_requests_that_the_server_takes(browser: Any, served: str, tmp_path: Path) -> None:
+    rows = [(f"{number} " + "the film was great " * size,) for number, size in enumerate([5_000] * 40 + [30_000] * 3)]
+    visit(browser, served)
+    choose_file(browser, write_csv(tmp_path / "long.csv", rows, "text"))
+    until(browser, "document.querySelector('#table .running').hidden")
+    assert told(browser, "#table .status").startswith("43 rows scored: ")
+    check_quiet(browser, served)
 
 
 @pytest.mark.parametrize(

@@ -129,24 +129,32 @@ function parsed(response, answer) {
 }
 
 let info = null; // what the server says of its model, once it has
+let infoAsked = null; // the promise of that
 
-async function model() {
-  if (info === null) {
-    const busy = (seconds) => say(page("status"), `The server is not ready; asking again in ${seconds} s.`);
-    info = await ask("info", null, { busy });
-    say(page("status"));
-    describe();
-  }
-  return info;
+/** Resolves once `info` is there; asks again if that failed before. */
+function model() {
+  const busy = (seconds) => say(page("status"), `The server is not ready; asking again in ${seconds} s.`);
+  infoAsked ??= ask("info", null, { busy }).then(
+    (found) => {
+      info = found;
+      say(page("status"));
+      describe();
+    },
+    (error) => {
+      infoAsked = null;
+      throw error;
+    },
+  );
+  return infoAsked;
 }
 
 // --- scoring
 
 /** Whether a text has nothing to score: Python's `str.strip`, which decides, knows other spaces than JavaScript's. */
-const isBlank = (text) => /^(?:(?!\ufeff)[\s\x1c-\x1f\x85])*$/.test(text);
+const isBlank = (text) => !/[^\s\x1c-\x1f\x85]|\ufeff/.test(text);
 
 /** The text as it is sent: the start of one that no model reads to its end, and no half of a character. */
-const sendable = (text) => text.slice(0, MOST_SENT).toWellFormed();
+const sendable = (text, most = MOST_SENT) => text.slice(0, most).toWellFormed();
 
 /** Lists of row numbers that go into a request each: of the texts that have no answer yet. */
 function* batches(texts, answers) {
@@ -168,8 +176,9 @@ function* batches(texts, answers) {
 }
 
 /**
- * Fill in `answers`, a place a text: `{prediction, confidence, shares}`, the shares best first, or null for a blank
- * text. Those that are there already stay, so that what was broken off can go on. `advance` gets how many came.
+ * Fill in `answers`, a place a text: `{prediction, confidence, shares}`, the shares in the order of the labels, or null
+ * for a blank text. Those that are there already stay, so that what was broken off can go on. `advance` gets how many
+ * came.
  */
 async function scoreAll(texts, answers, { advance, ...options }) {
   const waiting = batches(texts, answers); // which all of them draw from
@@ -185,8 +194,9 @@ async function scoreAll(texts, answers, { advance, ...options }) {
 }
 
 function answerOf(found) {
-  const shares = found.slice(-info.labels.length); // a server that abstains says so before them
-  const [{ label, score: confidence }] = shares;
+  const [{ label, score: confidence }] = found; // the best
+  const share = new Map(found.map((one) => [one.label, one.score]));
+  const shares = Float64Array.from(info.labels, (name) => share.get(name)); // small: there may be very many texts
   return { prediction: confidence >= info.min_confidence ? label : ABSTAIN, confidence, shares };
 }
 
@@ -392,16 +402,11 @@ function scoredCsv({ columns, rows }, answers) {
   const places = added.map((name) => header.indexOf(name));
   const lines = rows.map((cells, i) => {
     const line = [...cells];
-    const said = answers[i] ? addedCells(answers[i]) : added.map(() => "");
-    said.forEach((cell, k) => (line[places[k]] = cell));
+    const { prediction = "", confidence = "", shares = info.labels.map(() => "") } = answers[i] ?? {};
+    [prediction, confidence, ...shares].map(String).forEach((cell, k) => (line[places[k]] = cell));
     return csvLine(line);
   });
   return new Blob([csvLine(header), ...lines], { type: "text/csv;charset=utf-8" });
-}
-
-function addedCells({ prediction, confidence, shares }) {
-  const share = new Map(shares.map((one) => [one.label, one.score]));
-  return [prediction, ...[confidence, ...info.labels.map((label) => share.get(label) ?? "")].map(String)];
 }
 
 function offerDownload(link, blob, name) {
@@ -435,14 +440,16 @@ function drawSummary(result, answers) {
   drawBars(result.querySelector(".summary"), bars.slice(0, 20));
 }
 
-function drawAnswer(text, { prediction, confidence, shares }) {
+function drawAnswer(text, { confidence, shares }) {
   const item = copyOf("answer-template");
   item.querySelector(".text").replaceChildren(quoted(text, MOST_SHOWN));
+  const isSure = confidence >= info.min_confidence;
   const verdict = item.querySelector(".verdict");
-  verdict.hidden = prediction === shares[0].label;
-  verdict.append(element("strong", quoted(prediction)), `: no label has a probability of ${info.min_confidence}`);
-  item.querySelector(".best").classList.toggle("unsure", !verdict.hidden);
-  const bars = shares.map((one) => [one.label, one.score, score(one.score)]);
+  verdict.hidden = isSure;
+  verdict.append(element("strong", ABSTAIN), `: no label has a probability of ${info.min_confidence}`);
+  item.querySelector(".best").classList.toggle("unsure", !isSure);
+  const bars = info.labels.map((label, i) => [label, shares[i], score(shares[i])]);
+  bars.sort(([, less], [, more]) => more - less);
   const few = bars.length > MOST_BARS ? MOST_BARS - 1 : bars.length;
   drawBars(item.querySelector(".best"), bars.slice(0, few));
   drawBars(item.querySelector(".others .bars"), bars.slice(few));
@@ -470,7 +477,8 @@ async function toggleExplanation(item, text) {
   const busy = (seconds) => say(status, `The server is busy; the next try is in ${seconds} s.`);
   say(status, "Looking for the words that count.");
   try {
-    const found = await ask("explain", { inputs: sendable(text) }, { busy });
+    const read = 100 * info.max_input_length; // characters, and more: a token is seldom longer than a word
+    const found = await ask("explain", { inputs: sendable(text, Math.min(read, MOST_SENT)) }, { busy });
     if (why.ariaExpanded === "false") return;
     drawExplanation(item, found);
   } catch (error) {
@@ -575,17 +583,21 @@ function setUpTable() {
   const button = form.querySelector(".start");
   const choice = page("column");
   const scoring = scorer(section, "row");
-  let table = null; // the file's name, columns and rows, and the answers so far
+  let latest = null; // the file that was chosen last
+  let table = null; // its name, columns and rows, and the answers so far
 
   async function open(file) {
+    latest = file;
     table = null;
     scoring.stop();
     form.hidden = result.hidden = true;
     say(scoring.status, "Reading ", quoted(file.name), ".");
     try {
-      table = { name: file.name, ...(await readTable(file)) };
+      const read = await readTable(file);
+      if (latest !== file) return;
+      table = { name: file.name, ...read };
     } catch (error) {
-      complain(scoring.status, error);
+      if (latest === file) complain(scoring.status, error);
       return;
     }
     const found = findTextColumn(table.columns);
@@ -690,6 +702,7 @@ function describe() {
     const texts = plural(test.n, "test text");
     page("score").replaceChildren(
       element("strong", score(test.accuracy)),
+      " ",
       element("span", `accuracy on ${texts}, 95% interval ${low} to ${high}`),
     );
   } else {
