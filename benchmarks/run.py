@@ -16,6 +16,7 @@ from pathlib import Path
 
 from frozen import article, article_base, cold, encode, heads, scale, score, trials
 from measure import BenchError, Samples, describe_machine, note, run_child
+from serving import serve
 from setting import DATA, HEADSTART, HERE, OURS, THEIRS, Bench, Ratio
 from thaw import costs, thaw
 
@@ -28,6 +29,7 @@ GROUPS: dict[str, Callable[[Bench, Samples], list[Ratio]]] = {
     "cold": cold,
     "scale": scale,
     "trials": trials,
+    "serve": serve,
     "thaw": thaw,
     "costs": costs,
 }

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,17 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, _session
     }
     train(settings(str(table), **given))
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def exported_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """A copy of the tiny run with its export: it is scored without torch. Do not write into it: copy it first."""
+    from headstart.export import export
+
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    shutil.copytree(tiny_run, folder)
+    export(folder, "fp32", "refuses")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -27,15 +27,6 @@ TEXTS = ["the film was superb", "zebra", "", "the waiter was rude at the end of 
 """One is longer than max_length, and lengths differ, so that padding is seen."""
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny run with its export. Do not write into it."""
-    folder = tmp_path_factory.mktemp("exported") / "run"
-    shutil.copytree(tiny_run, folder)
-    export(folder, "fp32", "refuses")
-    return folder
-
-
 def both(run: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Probabilities of TEXTS by torch in fp32 and by the export."""
     torch_said, onnx_said = (predict.load(run, precision=precision) for precision in ("fp32", "auto"))
@@ -44,25 +35,25 @@ def both(run: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return torch_said.predict_proba(TEXTS), onnx_said.predict_proba(TEXTS)
 
 
-def test_the_export_says_what_torch_says(exported: Path) -> None:
-    expected, got = both(exported)
+def test_the_export_says_what_torch_says(exported_run: Path) -> None:
+    expected, got = both(exported_run)
     np.testing.assert_allclose(got, expected, atol=1e-3)  # features are rounded to half precision on the way
     assert np.ptp(expected[:, 0]) > 0.1, "texts should get answers of their own"
 
 
-def test_what_the_gate_found_is_kept(exported: Path) -> None:
-    record = json.loads((exported / "onnx" / "export.json").read_text())
-    rows = len((exported / "predictions.csv").read_text().splitlines()) - 1
+def test_what_the_gate_found_is_kept(exported_run: Path) -> None:
+    record = json.loads((exported_run / "onnx" / "export.json").read_text())
+    rows = len((exported_run / "predictions.csv").read_text().splitlines()) - 1
     assert record["n"] == rows > 5
     assert (record["agreement"], record["refused"], record["precision"]) == (1.0, None, "fp32")
     assert record["accuracy_after"] == record["accuracy_before"]
-    assert record["accuracy_before"] == json.loads((exported / "metrics.json").read_text())["test"]["accuracy"]
+    assert record["accuracy_before"] == json.loads((exported_run / "metrics.json").read_text())["test"]["accuracy"]
     assert record["speedup"] > 0
-    assert record["bytes"] == (exported / "onnx" / record["file"]).stat().st_size
+    assert record["bytes"] == (exported_run / "onnx" / record["file"]).stat().st_size
 
 
-def test_the_model_names_its_inputs_and_labels_and_leaves_batch_and_length_open(exported: Path) -> None:
-    model = onnx.load(exported / "onnx" / "model.onnx")
+def test_the_model_names_its_inputs_and_labels_and_leaves_batch_and_length_open(exported_run: Path) -> None:
+    model = onnx.load(exported_run / "onnx" / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     shapes = {one.name: [size.dim_param for size in one.type.tensor_type.shape.dim] for one in model.graph.input}
     assert shapes == {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
@@ -95,9 +86,9 @@ def knife_edge(run: Path, path: Path) -> Path:
     return write_csv(path, list(zip(some, predictor.predict(some), strict=True)))
 
 
-def test_int8_that_loses_accuracy_is_refused_and_what_was_there_stays(exported: Path, tmp_path: Path) -> None:
+def test_int8_that_loses_accuracy_is_refused_and_what_was_there_stays(exported_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(exported, run)
+    shutil.copytree(exported_run, run)
     table = str(knife_edge(run, tmp_path / "unsure.csv"))
     before = {path.name: path.read_bytes() for path in (run / "onnx").iterdir()}
     with pytest.raises(ExportError, match=r"accuracy falls from 1\.000 to 0\.\d+ on 60 texts.*--force"):
@@ -108,7 +99,9 @@ def test_int8_that_loses_accuracy_is_refused_and_what_was_there_stays(exported: 
     assert found.accuracy_before == 1.0 > found.accuracy_after
     assert [path.name for path in sorted((run / "onnx").iterdir())] == ["export.json", "model_quantized.onnx"]
     assert found.bytes < len(before["model.onnx"])
-    assert predict.load(run).predict(["the film was superb"]) == predict.load(exported).predict(["the film was superb"])
+    assert predict.load(run).predict(["the film was superb"]) == predict.load(exported_run).predict(
+        ["the film was superb"]
+    )
 
 
 def test_an_fp32_export_with_another_label_is_refused(
@@ -157,15 +150,17 @@ finally:
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_an_exported_run_is_scored_without_torch_or_transformers(exported: Path, tmp_path: Path, many: bool) -> None:
+def test_an_exported_run_is_scored_without_torch_or_transformers(
+    exported_run: Path, tmp_path: Path, many: bool
+) -> None:
     table, out = write_csv(tmp_path / "in.csv", [(text, "0") for text in TEXTS]), tmp_path / "out.csv"
     arguments = ["--input", str(table), "--output", str(out)] if many else TEXTS[:2]
-    command = [sys.executable, "-c", LIGHT, "predict", str(exported), *arguments]
+    command = [sys.executable, "-c", LIGHT, "predict", str(exported_run), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "loaded:"
     said = out.read_text() if many else done.stdout
-    expected = predict.load(exported, precision="fp32").predict(TEXTS[:2])
+    expected = predict.load(exported_run, precision="fp32").predict(TEXTS[:2])
     for text, label in zip(TEXTS, expected, strict=False):
         assert any(text in line and (f",{label}," in line or line.startswith(label)) for line in said.splitlines())
 
@@ -176,8 +171,8 @@ def test_a_run_that_is_not_exported_needs_torch(tiny_run: Path) -> None:
     assert "loaded: torch" in done.stderr, "or else the test above sees nothing"
 
 
-def test_a_damaged_export_is_said_to_be(exported: Path, tmp_path: Path) -> None:
-    shutil.copytree(exported, tmp_path / "run")
+def test_a_damaged_export_is_said_to_be(exported_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported_run, tmp_path / "run")
     model = tmp_path / "run" / "onnx" / "model.onnx"
     model.write_bytes(model.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"cannot be loaded.*Export it again"):

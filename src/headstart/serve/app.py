@@ -11,7 +11,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, StrictBool, field_validator
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,12 +64,20 @@ class LabelScore(BaseModel):
     label: str
 
 
+def told(**schema: Any) -> Any:
+    """What the schema says of a field whose refusals we word ourselves."""
+    return Field(json_schema_extra=schema)
+
+
+Text = Annotated[str, told(minLength=1, pattern=r"\S")]
+
+
 class PredictRequest(BaseModel):
     """One text, or a batch of them: [["a"], ["b"]]."""
 
-    inputs: str | list[list[str]]
-    truncate: bool = Field(default=True, description="Cut what is too long, rather than refuse it.")
-    raw_scores: bool = Field(default=False, description="Logits instead of probabilities.")
+    inputs: Text | Annotated[list[Annotated[list[Text], told(minItems=1, maxItems=1)]], told(minItems=1, maxItems=32)]
+    truncate: StrictBool = Field(default=True, description="Cut what is too long, rather than refuse it.")
+    raw_scores: StrictBool = Field(default=False, description="Logits instead of probabilities.")
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -92,14 +100,14 @@ class Parameters(BaseModel):
 class PipelineRequest(BaseModel):
     """As Hugging Face's inference API has it: a text or several."""
 
-    inputs: str | list[str]
+    inputs: Text | Annotated[list[Text], told(minItems=1, maxItems=32)]
     parameters: Parameters = Parameters()
 
 
 class ExplainRequest(BaseModel):
     """A text whose label is to be explained."""
 
-    inputs: str
+    inputs: Text
 
 
 class RefusedError(HeadstartError):
@@ -116,10 +124,10 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def failure(status: int, kind: str, message: str) -> JSONResponse:
+def failure(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as both dialects have it."""
-    headers = {"Retry-After": "1"} if status == 429 else {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return JSONResponse({"error": message, "error_type": kind}, status, headers)
+    needed = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+    return JSONResponse({"error": message, "error_type": kind}, status, headers or needed.get(status))
 
 
 class Service:
@@ -149,8 +157,7 @@ class Service:
 
     async def logits(self, request: Request, texts: Sequence[str], *, truncate: bool) -> Logits:
         """(n, labels) logits of a request's texts; a `RefusedError` where it gets none."""
-        if not texts or not all(text.strip() for text in texts):
-            raise RefusedError(400, "Empty", "There is nothing to score in an empty text, or in no text.")
+        check_readable(texts)
         if len(texts) > self.config.max_batch:
             raise RefusedError(
                 413, "Too large", f"{len(texts):,} texts are more than {self.config.max_batch} a request."
@@ -213,8 +220,7 @@ class Service:
         """Which words pushed the label of a text; not for a run that was exported, which torch does not score."""
         if not self.explains:
             raise RefusedError(404, "Not found", "This run was exported; only torch can explain.")
-        if not body.inputs.strip():
-            raise RefusedError(400, "Empty", "There is nothing to explain in an empty text.")
+        check_readable([body.inputs])
         if self.explaining.locked():
             raise OverloadedError("Another text is being explained.")
         async with self.explaining:
@@ -269,7 +275,7 @@ class Service:
         """The page, for a browser; else what `/info` says."""
         if "text/html" in request.headers.get("accept", ""):
             return FileResponse(PAGE / "index.html")
-        if not self.lets_in(request.headers.get("authorization", "")):
+        if not self.lets_in(request.headers.get("authorization", "").encode("latin-1")):
             raise RefusedError(401, "Unauthorized", UNAUTHORIZED)
         return await self.info()
 
@@ -287,13 +293,21 @@ class Service:
         """For Prometheus."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def lets_in(self, authorization: str) -> bool:
+    def lets_in(self, authorization: bytes) -> bool:
         """Whether the key, if there is one, came with a request."""
-        given = authorization.removeprefix("Bearer ").encode()
+        given = authorization.removeprefix(b"Bearer ")
         return self.key is None or hmac.compare_digest(given, self.key.encode())
 
 
 UNAUTHORIZED = "A key is needed: Authorization: Bearer KEY."
+
+
+def check_readable(texts: Sequence[str]) -> None:
+    """Refuse, by a `RefusedError`, texts in which there is nothing to read."""
+    if not texts or not all(text.strip() for text in texts):
+        raise RefusedError(400, "Empty", "There is nothing to read in an empty text, or in no text.")
+    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+        raise RefusedError(422, "Validation", "A text holds a lone surrogate, which is half a character.")
 
 
 def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -301,12 +315,13 @@ def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-logits))
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application; its queue runs while it does."""
+def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application; its queue runs while it does. `on_ready` is called when it can answer."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(service.batcher.run())
+        on_ready()
         yield
         running.cancel()
 
@@ -314,7 +329,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.post("/predict", response_model=list[LabelScore] | list[list[LabelScore]])(service.predict)
     app.post("/", response_model=list[list[LabelScore]])(service.pipeline)
-    app.post("/explain")(service.explain)
+    app.post("/explain", responses={404: {"model": ErrorAnswer}})(service.explain)
     for path, answer in (("/", service.front), ("/info", service.info), ("/health", service.health)):
         app.get(path, response_model=None)(answer)
     for path, answer in (("/docs", service.docs), ("/metrics", service.metrics)):
@@ -329,13 +344,15 @@ def make_app(service: Service) -> FastAPI:
 
 async def on_invalid(_: Request, error: RequestValidationError) -> Response:
     """A request of the wrong shape: where, and what should be there."""
-    told = [f"{'.'.join(map(str, one['loc'][1:])) or 'the body'}: {one['msg']}" for one in error.errors()[:3]]
-    return failure(422, "Validation", "; ".join(told))
+    wrong = [f"{'.'.join(map(str, one['loc'][1:])) or 'the body'}: {one['msg']}" for one in error.errors()[:3]]
+    return failure(422, "Validation", "; ".join(wrong))
 
 
 async def on_http(_: Request, error: HTTPException) -> Response:
-    """A path or method that is not there."""
-    return failure(error.status_code, error.detail, f"{error.detail}. See /docs.")
+    """A path or method that is not there, or a body that the JSON parser gave up on."""
+    if error.status_code == 400:
+        return failure(422, "Validation", "The body is not JSON.")
+    return failure(error.status_code, error.detail, f"{error.detail}. See /docs.", error.headers)
 
 
 async def on_refused(_: Request, error: HeadstartError) -> Response:
@@ -373,9 +390,10 @@ class Guard:
             known = path if path in KNOWN else "other"
             seconds = time.perf_counter() - begun
             self.service.requests.labels(known, status).inc()
+            self.service.rejected.inc(status == 429)
             self.service.seconds.labels(known).observe(seconds)
-            told = {"method": scope["method"], "path": known, "status": status, "ms": round(1000 * seconds, 1)}
-            LOG.info(json.dumps(told))
+            entry = {"method": scope["method"], "path": known, "status": status, "ms": round(1000 * seconds, 1)}
+            LOG.info(json.dumps(entry))
 
     async def checked(self, scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
         """An answer if a request is refused already, and what hands out its body."""
@@ -383,12 +401,11 @@ class Guard:
         headers = dict(scope["headers"])
         post = scope["method"] == "POST"
         is_open = (scope["path"] in OPEN and not post) or scope["path"].startswith("/page/")
-        if not is_open and not service.lets_in(headers.get(b"authorization", b"").decode("latin-1")):
+        if not is_open and not service.lets_in(headers.get(b"authorization", b"")):
             return failure(401, "Unauthorized", UNAUTHORIZED), receive
         if not post:
             return None, receive
         if service.batcher.admitted >= config.max_waiting:
-            service.rejected.inc()
             return failure(429, "Overloaded", f"{service.batcher.admitted:,} texts wait already."), receive
         body, more = bytearray(), True
         too_large = failure(413, "Too large", f"The body is over {config.max_body_bytes:,} bytes.")

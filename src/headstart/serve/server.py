@@ -20,9 +20,10 @@ from headstart.serve.app import LOG, Service, make_app
 
 GRACE = 30  # seconds in which what was accepted is answered after SIGTERM
 MOST_HEADER_BYTES = 65_536
-FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: 68\r\nretry-after: 1\r\n"
-    b'connection: close\r\n\r\n{"error": "Too many connections are open.", "error_type": "Unhealthy"}'
+FULL = b'{"error": "Too many connections are open.", "error_type": "Unhealthy"}'
+FULL_HEAD = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\n"
+    b"connection: close\r\n\r\n"
 )
 
 
@@ -34,38 +35,38 @@ def serve(run: str, config: ServeConfig, device: Device, precision: Precision, a
     key = None
     if config.api_key_env is not None and not (key := os.environ.get(config.api_key_env)):
         raise InputError(f"--api-key-env: the environment has no {config.api_key_env}, or an empty one.")
+    bound = bind(config.host, config.port)
     predictor = load(run, device=device, precision=precision, min_confidence=config.min_confidence)
     predictor.predict(["to warm up"])
-    listening = listen(config.host, config.port)
-    host, port = listening.getsockname()[:2]
+    bound.listen(2048)  # now that there will be an answer
+    host, port = bound.getsockname()[:2]
     if key is None and not ipaddress.ip_address(host).is_loopback:
         announce(f"Warning   {host} can be reached by others, and no key is asked for: see --api-key-env.")
     LOG.setLevel(logging.INFO)
     LOG.addHandler(logging.StreamHandler())
     protocol: Any = functools.partial(PatientProtocol, config)
     plain: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "server_header": False}
-    app = make_app(Service(Path(run), predictor.classifier, config, key))
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    app = make_app(Service(Path(run), predictor.classifier, config, key), lambda: announce(f"Serving   {url}"))
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=GRACE, **plain))
-    announce(f"Serving   http://{f'[{host}]' if ':' in host else host}:{port}")
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=[bound])
     except KeyboardInterrupt:
         raise StoppedEarlyError("Ctrl-C: the server has stopped; what it had accepted was answered.") from None
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that no client is turned away from now on; an `InputError` if it cannot."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address of its own; an `InputError` if that cannot be had."""
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port}: cannot be listened on ({error.strerror}). Choose another."
         ) from error
-    return listening
+    return bound
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -79,24 +80,23 @@ class PatientProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **more)
         self.limits = limits
         self.timer: asyncio.TimerHandle | None = None
-        self.head: int | None = 0  # bytes of a request's headers that have come; None while its body does
+        self.in_head, self.received = True, 0  # whether headers are awaited; bytes of this request so far
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse one too many, or wait for its headers."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
-            transport.write(FULL)
+            transport.write(FULL_HEAD % len(FULL) + FULL)
             transport.close()
         else:
             self.wait()
 
     def data_received(self, data: bytes) -> None:
         """Count what comes before a request's headers are whole."""
+        self.received += len(data)
         super().data_received(data)
-        if self.head is not None:
-            self.head += len(data)
-            if self.head > MOST_HEADER_BYTES:
-                self.transport.abort()
+        if self.in_head and self.received > MOST_HEADER_BYTES:
+            self.transport.abort()
 
     def wait(self) -> None:
         """Give up unless `stop` is called in time."""
@@ -116,13 +116,13 @@ class PatientProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its headers are there: wait for its body."""
         super().on_headers_complete()
-        self.head = None
+        self.in_head = False
         self.wait()
 
     def on_message_complete(self) -> None:
         """All of it is there."""
         super().on_message_complete()
-        self.head = 0
+        self.in_head, self.received = True, 0
         self.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
