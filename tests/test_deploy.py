@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,14 +23,14 @@ import pytest
 import typer
 import uvicorn
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from headstart import cli
 from headstart.config import ServeConfig
 from headstart.errors import InputError
-from headstart.export import export
 from headstart.serve.app import RESPONSES
 from headstart.serve.server import GRACE
+from tests.serve.conftest import serving
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -53,24 +54,6 @@ def table(header: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
 
-@contextlib.contextmanager
-def serving(run: Path, *flags: str, start: Sequence[str] = ("-m", "headstart.cli")) -> Iterator[tuple[str, list[str]]]:
-    """The address of a real server of a run folder, and what it said on stderr before and (at the end) after."""
-    command = [sys.executable, *start, "serve", str(run), "--port", "0", "--api-key-env", KEY_NAME, *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, KEY_NAME: KEY})
-    said: list[str] = []
-    try:
-        assert process.stderr is not None
-        while not said or not said[-1].startswith("Serving"):
-            line = process.stderr.readline()
-            assert line, f"it ended: {said}"
-            said.append(line.rstrip("\n"))
-        yield said[-1].split()[1], said
-    finally:
-        process.terminate()
-        said += process.communicate(timeout=GRACE + 10)[1].splitlines()
-
-
 def ask(
     url: str,
     path: str,
@@ -91,30 +74,31 @@ def ask(
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(exported_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What docs/serving.md says is read of an exported run, and no more."""
-    whole, few = tmp_path_factory.mktemp("exported"), tmp_path_factory.mktemp("few")
-    shutil.copytree(tiny_run, whole, dirs_exist_ok=True)
-    export(whole, "fp32", "refuses")
     sentence = re.search(r"Of the run folder it reads (.*?)\. ", DOCS, re.DOTALL)
+    copied = re.search(r"cp -r runs/reviews/\{(.*?)\}", DOCS)
     assert sentence is not None
-    names = re.findall(r"`([\w./]+)`", sentence[1])
-    assert set(names) == set(re.findall(r"[\w.]+", re.findall(r"cp -r runs/reviews/\{(.*?)\}", DOCS)[0])) - {"onnx"} | {
-        "onnx/"
-    }
+    assert copied is not None
+    names = [name.rstrip("/") for name in re.findall(r"`([\w./]+)`", sentence[1])]
+    assert names == copied[1].split(",")
+    folder = tmp_path_factory.mktemp("exported")
     for name in names:
-        if name.endswith("/"):
-            shutil.copytree(whole / name, few / name)
+        if (exported_run / name).is_dir():
+            shutil.copytree(exported_run / name, folder / name)
         else:
-            shutil.copy(whole / name, few / name)
-    return few
+            shutil.copy(exported_run / name, folder / name)
+    return folder
+
+
+FLAGS, SECRET = ("--api-key-env", KEY_NAME), {KEY_NAME: KEY}
 
 
 @pytest.fixture(scope="module")
-def served(exported: Path) -> Iterator[str]:
+def served(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of the exported run."""
-    with serving(exported) as (url, _):
-        yield url
+    with serving(exported, tmp_path_factory.mktemp("served") / "log", *FLAGS, **SECRET) as found:
+        yield found.url
 
 
 # --- docs/serving.md
@@ -210,16 +194,18 @@ def test_each_metric_is_on_the_page(served: str) -> None:
     assert {name.removesuffix("_bucket") for name in re.findall(r"headstart_\w+", DOCS)} <= there
 
 
-def test_a_line_of_the_log_is_as_the_page_has_it(exported: Path) -> None:
-    with serving(exported) as (url, said):
-        ask(url, "/predict", {"inputs": "a secret"})
-        ask(url, "/etc/secret?a=secret", key="secret")
-    lines = [json.loads(line) for line in said if line.startswith("{")]
+def test_a_line_of_the_log_is_as_the_page_has_it(exported: Path, tmp_path: Path) -> None:
+    with serving(exported, tmp_path / "log", *FLAGS, **SECRET) as found:
+        ask(found.url, "/predict", {"inputs": "a secret"})
+        ask(found.url, "/etc/secret?a=secret", key="secret")
+        assert found.stop() in (0, -signal.SIGTERM)
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     example = re.search(r'`(\{"method".*?\})`', DOCS)
     assert example is not None
     assert [list(line) for line in lines] == [list(json.loads(example[1]))] * 2
     assert [line["path"] for line in lines] == ["/predict", "other"]
-    assert "secret" not in "".join(said)
+    assert "secret" not in said
 
 
 # --- deploy/requirements-serve.txt
@@ -249,7 +235,7 @@ main()
 """The command line where nothing is installed but some packages; it says which of them it uses."""
 
 
-def pins(path: Path) -> dict[str, str]:
+def pins(path: Path) -> dict[NormalizedName, str]:
     """Package -> version in a file of pins."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
@@ -270,13 +256,14 @@ def test_the_pins_are_those_of_the_constraints_and_of_pyproject() -> None:
 
 def test_an_exported_run_is_served_with_the_small_set_alone_and_needs_all_of_it(exported: Path, tmp_path: Path) -> None:
     start = ("-c", ONLY, ",".join(SMALL))
-    with serving(exported, start=start) as (url, said):
+    with serving(exported, tmp_path / "log", *FLAGS, start=start, **SECRET) as found:
         for path, body in (("/predict", {"inputs": "the film was superb"}), ("/", {"inputs": ["a", "b"]})):
-            assert ask(url, path, body)[0] == 200
+            assert ask(found.url, path, body)[0] == 200
         for path in ("/info", "/health", "/metrics", "/docs", "/openapi.json"):
-            assert ask(url, path)[0] == 200, path
+            assert ask(found.url, path)[0] == 200, path
         for status, _, path, body, more in ERRORS:
-            assert ask(url, path, body, **more)[0] == status
+            assert ask(found.url, path, body, **more)[0] == status
+    said = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     used = {line.split()[1] for line in said if line.startswith("uses ")} - {"headstart"}
     assert used == set(SMALL)
     (tmp_path / "in.csv").write_text("sentence\nthe film was superb\n", encoding="utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_deploy import ADDRESS, KEY, KEY_NAME, blocks, serving
+from tests.serve.conftest import serving
+from tests.test_deploy import ADDRESS, FLAGS, SECRET, blocks
 
 pytestmark = pytest.mark.real
 CLIENT = "@huggingface/inference@4"
@@ -34,17 +35,17 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_run: Path) -> Iterator[str]:
+def served(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server."""
-    with serving(tiny_run) as (url, _):
-        yield url
+    with serving(tiny_run, tmp_path_factory.mktemp("served") / "log", *FLAGS, **SECRET) as found:
+        yield found.url
 
 
 def run_node(code: str, url: str, folder: Path) -> list[str]:
     """The lines that a module prints when the server is at `url`."""
     assert ADDRESS in code
     (folder / "example.mjs").write_text(code.replace(ADDRESS, url), encoding="utf-8")
-    environment = {**os.environ, KEY_NAME: KEY}
+    environment = {**os.environ, **SECRET}
     command = ["node", "example.mjs"]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -67,4 +68,4 @@ def test_the_client_hands_on_what_the_service_says_of_an_error(modules: Path, se
     *_, line = run_node(example + ERRS % ADDRESS, served, modules)
     found = json.loads(line)
     assert found["status"] == 400
-    assert "nothing to score in an empty text" in found["message"]
+    assert "in an empty text" in found["message"]
