@@ -17,6 +17,8 @@ COMMANDS = (
     ("lengths",),
     ("audit",),
     ("explain",),
+    ("export",),
+    ("serve",),
     ("cache",),
     ("cache", "info"),
     ("cache", "clear"),

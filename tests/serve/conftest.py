@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +39,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(run: Path, log: Path, *flags: str, **environment: str) -> Iterator[Served]:
-    """`headstart serve` in a process of its own, until the block ends."""
-    command = [sys.executable, "-m", "headstart.cli", "serve", str(run), "--port", "0", *flags]
+def serving(
+    run: Path, log: Path, *flags: str, start: Sequence[str] = ("-m", "headstart.cli"), **environment: str
+) -> Iterator[Served]:
+    """`headstart serve` in a process of its own, until the block ends; `start` is how Python gets at headstart."""
+    command = [sys.executable, *start, "serve", str(run), "--port", "0", *flags]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stderr=file, env={**os.environ, **environment})
     try:

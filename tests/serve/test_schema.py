@@ -10,20 +10,20 @@ from tests.serve.conftest import Serve, Served
 LEFT_OUT = "allow_header_conformance"
 
 
-def run(served: Served, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(served: Served, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     tool = str(Path(sys.executable).with_name("schemathesis"))
     command = [tool, "run", f"{served.url}/openapi.json", "--seed", "1", "--no-color", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=folder)
 
 
 def test_every_answer_is_as_the_schema_says(served: Served, tmp_path: Path) -> None:
-    done = run(served, "--max-examples", "25", "--exclude-checks", LEFT_OUT)
+    done = run(served, tmp_path, "--max-examples", "25", "--exclude-checks", LEFT_OUT)
     assert done.returncode == 0, done.stdout
     assert "6 selected / 6 total" in done.stdout
 
 
-def test_with_a_key_nothing_is_answered_without_it(serve: Serve) -> None:
+def test_with_a_key_nothing_is_answered_without_it(serve: Serve, tmp_path: Path) -> None:
     with serve("--api-key-env", "KEY", KEY="k") as served:
         bearer = ("--header", "Authorization: Bearer k")
-        done = run(served, "--max-examples", "5", "--exclude-checks", LEFT_OUT, *bearer)
+        done = run(served, tmp_path, "--max-examples", "5", "--exclude-checks", LEFT_OUT, *bearer)
         assert done.returncode == 0, done.stdout
