@@ -5,9 +5,10 @@ This room knows tables, stored features and out-of-fold probabilities. It change
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,37 +61,13 @@ class Audit(NamedTuple):
     columns: tuple[str, ...]
 
 
-class Findings:
-    """What is found of each of a table's rows: issues, a label suggested, a score; `places` are the dataset's rows."""
+class Finding(NamedTuple):
+    """An issue of a row, by its number: its kind, what more there is to say, and the label it probably should have."""
 
-    def __init__(self, places: Sequence[int], rows: int) -> None:
-        self.places = places
-        self.issues: list[list[str]] = [[] for _ in range(rows)]
-        self.suggested: list[str | None] = [None] * rows
-        self.scores = np.full(rows, np.nan)
-        self.counts: Counter[str] = Counter()
-        for place in set(range(rows)) - set(places):
-            self.issues[place].append("blank text or label")
-            self.counts["blank text or label"] += 1
-            self.scores[place] = 0.0
-
-    def add(self, i: int, kind: str, more: str = "") -> None:
-        """Note an issue of the dataset's text `i`: its kind, and what more there is to say."""
-        self.issues[self.places[i]].append(f"{kind}: {more}" if more else kind)
-        self.counts[kind] += 1
-
-    def suggest(self, i: int, label: str) -> None:
-        """Suggest a label for text `i`, unless another has been."""
-        self.suggested[self.places[i]] = self.suggested[self.places[i]] or label
-
-    def ranked(self, table: pl.DataFrame, first: int) -> pl.DataFrame:
-        """The table with `ADDED`, the worst row first; `first` is the number of its first row."""
-        rows, issues = np.arange(table.height) + first, ["; ".join(some) or None for some in self.issues]
-        scores = pl.Series(self.scores).fill_nan(None).round(4)
-        columns = zip(ADDED, (rows, issues, self.suggested, scores), strict=True)
-        added = pl.DataFrame(dict(columns), schema_overrides={"issue": pl.String, "suggested_label": pl.String})
-        whole = table.with_columns(added.get_columns())
-        return whole.sort("score", nulls_last=True, maintain_order=True)
+    row: int
+    kind: str
+    more: str | None = None
+    suggested_label: str | None = None
 
 
 def audit(config: TrainConfig, out: Path) -> Audit:
@@ -98,6 +75,8 @@ def audit(config: TrainConfig, out: Path) -> Audit:
 
     A `DataError` if a table cannot be read, a `ModelError` without such an encoder, an `InputError` without cleanlab.
     """
+    if missing := [name for name in ("cleanlab", "py3langid") if find_spec(name) is None]:
+        raise InputError(f"audit needs {' and '.join(missing)}. Install with: pip install 'headstart[audit]'")
     path, ending = resolve_path(config.data), file_format(str(out))
     if out.resolve() == Path(path).resolve():
         raise DataError(f"{out}: is the table itself; choose another --out.")
@@ -110,48 +89,67 @@ def audit(config: TrainConfig, out: Path) -> Audit:
     dataset = data.load(config.data, config.text, config.label)
     given = [name for name in (config.validation, config.test) if name]
     others = {name: data.load(name, config.text, config.label, least_rows=1) for name in given}
-    first = 2 if is_delimited(path) else 1
-    found = Findings((dataset.rows - first).tolist(), table.height)
-    labels = _spellings(dataset, found)
-    _copies(dataset, others, found)
-    _odd_texts(dataset, found)
     encoder = load_encoder(config.model, choose_placement(config.device, config.precision))
     tokens = encoder.tokenizer(dataset.texts, progress="tokenizing")
     most = config.max_length or advise_length(tokens.lengths, limit=encoder.max_length, hidden=encoder.hidden).advised
     features = frozen_features(encoder, encoder.tokenizer.truncate(tokens, most))
-    _near_copies(dataset, features, found)
-    _contradictions(Task(encoder, features, features, labels, labels, dataset.names, config), dataset.texts, found)
-    ranked = found.ranked(table, first)
+    labels = meant_labels(dataset)
+    task = Task(encoder, features, features, labels, labels, dataset.names, config)
+    quality, contradicted = _contradictions(task, dataset)
+    rows = np.arange(table.height) + (2 if is_delimited(path) else 1)
+    used = np.isin(rows, dataset.rows)
+    found = [Finding(row, "blank text or label") for row in rows[~used].tolist()]
+    found += [*_misspelt(dataset, labels), *_copies(dataset, others), *_odd_texts(dataset)]
+    found += [*_near_copies(dataset, features), *contradicted]
+    scores = np.zeros(table.height)
+    scores[used] = quality
+    ranked = _ranked(table, rows, scores, found)
     written = for_spreadsheets(ranked) if ending in (".csv", ".tsv") else ranked
     with disk_errors(out), whole_file(out) as temporary, open(temporary, "wb") as file:
         write_frames(file, ending, iter([written]), written.clear())
     sizes = np.bincount(dataset.labels, minlength=len(dataset.names)).tolist()
-    return Audit(ranked, dict(found.counts.most_common()), dict(zip(dataset.names, sizes, strict=True)), columns)
+    counts = Counter(one.kind for one in found)
+    return Audit(ranked, dict(counts.most_common()), dict(zip(dataset.names, sizes, strict=True)), columns)
 
 
-def _contradictions(task: Task, texts: Sequence[str], found: Findings) -> None:
-    """Score each label by what heads say that have not seen it, and note those that are probably wrong."""
-    labels = task.train_labels
+def _ranked(table: pl.DataFrame, rows: Labels, scores: Shares, found: Sequence[Finding]) -> pl.DataFrame:
+    """The table, whose rows have numbers and scores (NaN: none), with `ADDED`, the worst row first."""
+    schema = {"row": pl.Int64, "kind": pl.String, "more": pl.String, "suggested_label": pl.String}
+    issue = pl.concat_str("kind", "more", separator=": ", ignore_nulls=True).str.join("; ").alias("issue")
+    findings = pl.DataFrame(found, schema, orient="row").group_by("row")
+    issues = findings.agg(issue, pl.col("suggested_label").drop_nulls().first())
+    numbered = table.with_columns(row=rows, score=pl.Series(scores).fill_nan(None).round(4))
+    whole = numbered.join(issues, on="row", how="left").select(*table.columns, *ADDED)
+    return whole.sort("score", "row", nulls_last=True)
+
+
+def _contradictions(task: Task, dataset: Dataset) -> tuple[Shares, list[Finding]]:
+    """(n,) quality of each label, 1 being best, by heads that have not seen it, and those that are probably wrong.
+
+    As cleanlab finds them (Northcutt et al. 2021); NaN where a label is too rare to be learnt.
+    """
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    labels, rows = task.train_labels, dataset.rows.tolist()
     counts = np.bincount(labels, minlength=len(task.names))[labels]
-    for place in np.flatnonzero(counts < FOLDS).tolist():
-        found.add(place, "label too rare to be learnt", f"{counts[place]} of it")
+    quality, rare = np.full(len(labels), np.nan), np.flatnonzero(counts < FOLDS).tolist()
+    found = [Finding(rows[i], "label too rare to be learnt", f"{counts[i]} of it") for i in rare]
     learnt = np.flatnonzero(counts >= FOLDS)
     known, own = np.unique(labels[learnt], return_inverse=True)
     if len(known) < 2:
-        return
+        return quality, found
     names = tuple(task.names[label] for label in known.tolist())
     part = replace(task, train=task.train.take(learnt), train_labels=own, names=names)
-    probabilities = out_of_fold(part, [texts[place] for place in learnt.tolist()])
-    quality_and_verdict = _label_quality(own, probabilities)
-    for i, quality, wrong, said in zip(learnt.tolist(), *quality_and_verdict, probabilities, strict=True):
-        found.scores[found.places[i]] = quality
-        if wrong:
-            found.add(i, WRONG)
-            found.suggest(i, names[said.argmax()])
+    probabilities = out_of_fold(part, dataset.take(learnt).texts)
+    quality[learnt] = get_label_quality_scores(own, probabilities, method="normalized_margin")
+    for place in np.flatnonzero(find_label_issues(own, probabilities, n_jobs=1)).tolist():
+        found.append(Finding(rows[learnt[place]], WRONG, suggested_label=names[probabilities[place].argmax()]))
+    return quality, found
 
 
-def _spellings(dataset: Dataset, found: Findings) -> Labels:
-    """Note labels that are another one's spelling; (n,) label indexes with those read as meant."""
+def meant_labels(dataset: Dataset) -> Labels:
+    """(n,) label indexes, those that are a rarer spelling of another one read as that."""
     counts = Counter(dataset.labels.tolist())
     usual: dict[str, int] = {}  # the commonest label of each spelling without case and punctuation
     meant = np.arange(len(dataset.names))
@@ -164,59 +162,66 @@ def _spellings(dataset: Dataset, found: Findings) -> Labels:
             meant[i] = usual[near[0]]
         else:
             usual[plain] = i
-    for i, label in enumerate(dataset.labels.tolist()):
-        if meant[label] != label:
-            found.suggest(i, name := dataset.names[meant[label]])
-            found.add(i, "label spelt otherwise", f"meant is probably {name}")
     return meant[dataset.labels]
 
 
-def _copies(dataset: Dataset, others: Mapping[str, Dataset], found: Findings) -> None:
-    """Note texts that stand in the table more than once, with one label or several, or in another table too."""
+def _misspelt(dataset: Dataset, meant: Labels) -> Iterator[Finding]:
+    """Labels that are another one's spelling."""
+    for i in np.flatnonzero(meant != dataset.labels).tolist():
+        name = dataset.names[meant[i]]
+        yield Finding(int(dataset.rows[i]), "label spelt otherwise", f"meant is probably {name}", name)
+
+
+def _copies(dataset: Dataset, others: Mapping[str, Dataset]) -> Iterator[Finding]:
+    """Texts that stand in the table more than once, with one label or several, or in another table too."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for i, text in enumerate(dataset.texts):
         groups[text_key(text)].append(i)
     for members in (members for members in groups.values() if len(members) > 1):
         rows = dataset.rows[members].tolist()
-        conflict = len({int(dataset.labels[i]) for i in members}) > 1
-        for i in members if conflict else members[1:]:
-            rest = name_rows([row for row in rows if row != dataset.rows[i]])
-            found.add(i, "same text with another label" if conflict else "repeats another row", rest)
+        conflict = len(set(dataset.labels[members].tolist())) > 1
+        for row in rows if conflict else rows[1:]:
+            rest = name_rows([other for other in rows if other != row])
+            yield Finding(row, "same text with another label" if conflict else "repeats another row", rest)
     for name, other in others.items():
-        for row, text in zip(other.rows.tolist(), other.texts, strict=True):
+        for there, text in zip(other.rows.tolist(), other.texts, strict=True):
             for i in groups.get(text_key(text), ()):
-                found.add(i, "stands in another file, too", f"{name}, row {row}")
+                yield Finding(int(dataset.rows[i]), "stands in another file, too", f"{name}, row {there}")
 
 
-def _odd_texts(dataset: Dataset, found: Findings) -> None:
-    """Note texts without words, much longer than the others, or in another language than most."""
+def _odd_texts(dataset: Dataset) -> Iterator[Finding]:
+    """Texts without words, much longer than the others, or in another language than most."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
     words = np.array([len(WORD.findall(text)) for text in dataset.texts])
     low, middle, high = np.quantile(words, (0.25, 0.5, 0.75))
     longest = max(high + 3 * (high - low), 2 * middle)
-    identify = _identifier()
+    identify = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
     said = [identify(text) if sum(map(str.isalpha, text)) >= LEAST_LETTERS else ("", 0.0) for text in dataset.texts]
     usual = Counter(language for language, _ in said if language).most_common(1)
-    for i, (count, (language, share)) in enumerate(zip(words.tolist(), said, strict=True)):
+    for row, count, (language, share) in zip(dataset.rows.tolist(), words.tolist(), said, strict=True):
         if not count:
-            found.add(i, "no word in it")
+            yield Finding(row, "no word in it")
         elif count > longest:
-            found.add(i, "much longer than the others", f"{count:,} words, usual are {middle:.0f}")
+            yield Finding(row, "much longer than the others", f"{count:,} words, usual are {middle:.0f}")
         if share >= SURE_LANGUAGE and language != usual[0][0]:
-            found.add(i, "probably another language", f"{language}, most are {usual[0][0]}")
+            yield Finding(row, "probably another language", f"{language}, most are {usual[0][0]}")
 
 
-def _near_copies(dataset: Dataset, features: Features, found: Findings) -> None:
-    """Note texts that say nearly the same, in nearly the same words, as an earlier row."""
+def _near_copies(dataset: Dataset, features: Features) -> Iterator[Finding]:
+    """Texts that say nearly the same, in nearly the same words, as an earlier row."""
     vectors = torch.from_numpy(features.columns([features.layout[-1]])[:, 0])
     vectors = torch.nn.functional.normalize(vectors, dim=1)
     for start in range(0, len(vectors), AT_ONCE):
         alike = (vectors[start : start + AT_ONCE] @ vectors[: start + AT_ONCE].T).tril(start - 1)
         cosines, earlier = alike.max(dim=1)
         for i in torch.nonzero(cosines >= NEAR).flatten().tolist():
-            keys = [text_key(dataset.texts[j]) for j in (start + i, int(earlier[i]))]
+            pair = [start + i, int(earlier[i])]
+            keys = [text_key(dataset.texts[j]) for j in pair]
             one, other = (set(WORD.findall(key)) for key in keys)
             if keys[0] != keys[1] and len(one & other) >= ALIKE * len(one | other):
-                found.add(start + i, "nearly repeats another row", name_rows([int(dataset.rows[earlier[i]])]))
+                row, copied = dataset.rows[pair].tolist()
+                yield Finding(row, "nearly repeats another row", name_rows([copied]))
 
 
 def out_of_fold(task: Task, texts: Sequence[str]) -> Shares:
@@ -231,23 +236,3 @@ def out_of_fold(task: Task, texts: Sequence[str]) -> Shares:
         settings: dict[str, Any] = {"folds": FOLDS, "seed": task.config.seed + repeat}
         total += probabilities_of(in_folds(replace(task, config=replace(task.config, **settings)), head, groups)[0])
     return total / REPEATS
-
-
-def _label_quality(labels: Labels, probabilities: Shares) -> tuple[Shares, Any]:
-    """(n,) quality of each label, 1 being best, and whether cleanlab finds that it is wrong (Northcutt et al. 2021)."""
-    try:
-        from cleanlab.filter import find_label_issues
-        from cleanlab.rank import get_label_quality_scores
-    except ImportError as error:
-        raise InputError("audit needs cleanlab. Install it with: pip install 'headstart[audit]'") from error
-    quality = get_label_quality_scores(labels, probabilities, method="normalized_margin")
-    return quality, find_label_issues(labels, probabilities, n_jobs=1)
-
-
-def _identifier() -> Any:
-    """A function of a text to its language and how sure that is."""
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise InputError("audit needs py3langid. Install it with: pip install 'headstart[audit]'") from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
