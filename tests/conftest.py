@@ -197,6 +197,29 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, _session
     return folder / "run"
 
 
+EXACT: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+QUICK: dict[str, Any] = {
+    **EXACT,
+    **{"head_features": ("mean-2",), "head_width": 0, "lr": 1e-2, "weight_decay": 0.01, "epochs": 4},
+    "thaw": "0",
+}
+"""A head with nothing left to search, on a frozen encoder."""
+
+
+@pytest.fixture
+def train(tiny_bert: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Train a quick head on rows (written as a table) into a folder of the given name."""
+
+    def call(rows: Iterable[tuple[str, str]] = SMALL_ROWS, out: str = "run", **given: Any) -> Any:
+        from headstart import config, run
+
+        table = write_csv(tmp_path / f"{out}.csv", rows)
+        chosen = {"model": str(tiny_bert), "out": str(tmp_path / out), **QUICK, **given}
+        return run.train(config.settings(str(table), **chosen))
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data sets beside the repository; the test is skipped where there is none."""

@@ -1,7 +1,7 @@
 """Words and their scores: they add up, are those of the text, and follow what the model does; neighbours by cosine."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from headstart import config, predict
-from headstart.encoder import choose_placement
+from headstart.encoder import choose_placement, load_encoder
 from headstart.errors import InputError
-from headstart.explain import WORDS, explain, nearest
-from headstart.features import Features
+from headstart.explain import FEW, WORDS, explain, integrated_gradients, neighbours
+from headstart.features import frozen_features
 from headstart.model import Classifier, LibraryScorer, load_run
-from headstart.run import train
+from headstart.prepare import read
+from headstart.report import filled
+from headstart.run import Run
+from headstart.run import train as run_train
+from tests.conftest import SMALL_ROWS
 
 FP32 = choose_placement("cpu", "fp32")
 
@@ -26,7 +30,7 @@ def classifier(tiny_run: Path) -> Classifier:
 
 def learn(model: Path, table: Path, out: Path, **settings: object) -> Classifier:
     given = {"thaw": "0", "epochs": 30, "lr": 1e-2, "precision": "fp32", **settings}
-    train(config.settings(str(table), model=str(model), out=str(out), **given))  # type: ignore[arg-type]
+    run_train(config.settings(str(table), model=str(model), out=str(out), **given))  # type: ignore[arg-type]
     return load_run(out, FP32)
 
 
@@ -107,14 +111,43 @@ def load_run_with_random_layers(classifier: Classifier) -> Classifier:
     return replace(classifier, model=model)
 
 
+@pytest.mark.parametrize("points", [1, 4, 50])
+def test_the_integral_is_taken_in_pieces_and_is_exact_for_a_square(
+    points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.explain.AT_ONCE", 20)
+    asked: list[int] = []
+
+    def square(states: torch.Tensor) -> torch.Tensor:
+        asked.append(len(states))
+        return (states**2).sum(dim=(1, 2))
+
+    start, end = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    got = integrated_gradients(square, start, end, points)
+    torch.testing.assert_close(got, end**2 - start**2)
+    assert sum(asked) == points
+    assert max(asked) <= 4, "no more than 20 tokens together"
+
+
+def test_more_points_add_up_better(classifier: Classifier) -> None:
+    text = "the film was superb, and the soup was lovely"
+    few, many = (explain(classifier, text, points).completeness_error for points in (2, 50))
+    assert many < few
+
+
 def test_the_quick_way_agrees_on_what_counts_most(tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
     found = learn(tiny_bert, small_table, tmp_path / "run")
-    quick = explain(found, "the film was superb", "gradients at a few points")
-    assert quick.method == "gradients at a few points"
+    quick = explain(found, "the film was superb", FEW)
     assert max(quick.words, key=lambda word: abs(word.score or 0.0)).word == "superb"
 
 
 # --- the words
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing(classifier: Classifier) -> None:
+    got = explain(classifier, "\x01\x02")
+    assert [word.score for word in got.words] == [None]
+    assert "not read" in filled("explain.html", {**asdict(got), "nearest": []})
 
 
 @pytest.mark.parametrize(
@@ -148,25 +181,32 @@ def test_a_blank_text_has_nothing_to_explain(text: str, classifier: Classifier) 
         explain(classifier, text)
 
 
-def test_without_captum_it_says_what_to_install(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
-    with pytest.raises(InputError, match=r"pip install 'headstart\[explain\]'"):
-        explain(classifier, "the film")
-    assert explain(classifier, "the film", "gradients at a few points").words, "the quick way needs none"
-
-
 # --- neighbours
 
 
-def features(vectors: list[list[float]]) -> Features:
-    stored = np.array([[[9.0, 9.0], vector] for vector in vectors], dtype=np.float16)
-    return Features(stored, np.arange(len(vectors)), ("cls", "mean-3"), 0, len(vectors))
-
-
-def test_the_nearest_are_those_of_the_largest_cosine_each_text_once() -> None:
-    known = features([[1, 0], [0, 1], [5, 5], [1, 0.1], [1, 0]])
-    texts, labels = ["east", "north", "between", "nearly east", "east"], ["e", "n", "b", "e", "e"]
-    got = nearest(known, texts, labels, features([[2, 0]]), most=3)
-    assert [(one.text, one.label) for one in got] == [("east", "e"), ("nearly east", "e"), ("between", "b")]
-    assert [one.similarity for one in got] == pytest.approx([1, 1 / np.sqrt(1.01), np.sqrt(0.5)], abs=1e-3)
-    assert len(nearest(known, texts, labels, features([[0, 0]]), most=9)) == 4
+def test_neighbours_are_training_texts_while_the_table_is_as_it_was(train: Callable[..., Run]) -> None:
+    done = train([*SMALL_ROWS, *SMALL_ROWS[:40]])
+    splits, _ = read(config.settings(done.info["settings"]["data"]))
+    text = splits.train.texts[3]
+    assert len(set(splits.train.texts)) < len(splits.train), "some stand there twice"
+    found = neighbours(done.folder, text)
+    assert found[0]["text"] == text
+    assert len({one["text"] for one in found}) == 5, "each text once"
+    encoder = load_encoder(done.info["settings"]["model"], FP32)
+    all_texts = sorted(set(splits.train.texts))
+    tokens = encoder.tokenizer(all_texts)
+    vectors = frozen_features(encoder, tokens).columns(["mean-3"])[:, 0]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = vectors @ vectors[all_texts.index(text)]
+    assert [one["similarity"] for one in found] == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-3)
+    assert found[0]["similarity"] == pytest.approx(1, abs=2e-3)
+    assert len(found) == 5
+    labels = dict(zip(splits.train.texts, (splits.train.names[i] for i in splits.train.labels), strict=True))
+    assert all(labels[one["text"]] == one["label"] for one in found)
+    table = Path(done.info["settings"]["data"])
+    table.write_text(table.read_text() + "one more,0\n")
+    with pytest.raises(InputError, match="has changed since"):
+        neighbours(done.folder, text)
+    table.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        neighbours(done.folder, text)

@@ -182,7 +182,8 @@ def test_calibration_error_as_gaps_added_up(rows: list[tuple[int, int, float]]) 
 
 
 def test_the_report_holds_every_label_also_one_that_never_occurs() -> None:
-    rows = {line.split()[0]: line.split()[1:] for line in report_text(SAID, TRUTH, NAMES).splitlines() if line.strip()}
+    text = report_text(evaluate(SAID, TRUTH, NAMES))
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     assert rows["bad"] == ["0.667", "0.500", "0.571", "4"]
     assert rows["good"] == ["0.500", "0.500", "0.500", "2"]
     assert rows["so-so"] == ["0.000", "0.000", "0.000", "0"]
@@ -190,8 +191,8 @@ def test_the_report_holds_every_label_also_one_that_never_occurs() -> None:
 
 
 def test_a_label_has_one_line_whatever_is_in_its_name() -> None:
-    lines = report_text(SAID, TRUTH, ("bad", "x\n```\n# good", "so\x1b[2Jso")).splitlines()
-    assert len(lines) == len(report_text(SAID, TRUTH, NAMES).splitlines())
+    lines = report_text(evaluate(SAID, TRUTH, ("bad", "x\n```\n# good", "so\x1b[2Jso"))).splitlines()
+    assert len(lines) == len(report_text(evaluate(SAID, TRUTH, NAMES)).splitlines())
     assert not any("\x1b" in line for line in lines)
 
 

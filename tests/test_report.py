@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from headstart import config, report
 from headstart.data import Dataset
 from headstart.errors import CONTROL, DiskError
 from headstart.metrics import evaluate, report_text
-from headstart.run import Run, train
+from headstart.run import Run
+from headstart.run import train as run_train
+from headstart.thaw import Cost
 from headstart.tokens import LengthAdvice, advise_length
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\n"
-WORDS = "precision and so on\n"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def native(tiny_run: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("native") / "my-run"
     table = str(tiny_run.parent / "small.csv")
     given: dict[str, Any] = {"model": str(tiny_bert), "out": str(out), "device": "cpu", "epochs": 1, "thaw": "0"}
-    return train(config.settings(table, head="native", **given))
+    return run_train(config.settings(table, head="native", **given))
 
 
 def line_of(text: str, word: str) -> str:
@@ -68,12 +70,12 @@ def test_the_one_screen_says_what_came_out(native: Run, tiny_bert: Path) -> None
     assert "the architecture's own, epoch 1" in line_of(text, "Head")
     for value in (numbers["accuracy"], *low_high, numbers["macro_f1"], numbers["log_loss"], numbers["ece"]):
         assert f"{value:.3f}" in line_of(text, "Test ")
-    assert report.compare_text(native.metrics) in line_of(text, "Compare")
+    assert report.filled("compare.txt", native.metrics) in line_of(text, "Compare")
     assert f"{native.metrics['timing']['total']:.1f} s" in line_of(text, "Time")
     assert line_of(text, "Saved").endswith(f"{native.folder} (report.html tells more)")
-    assert report.trust_text(native.metrics) in line_of(text, "Trust")
+    assert report.filled("trust.txt", native.metrics) in line_of(text, "Trust")
     assert line_of(text, "Next").endswith(f'headstart predict {native.folder} "your text"')
-    assert native.report.rstrip() in text
+    assert report_text(numbers).rstrip() in text
     order = [text.index(f"\n{word}") for word in ("Lengths", "Head", "Test", "Compare", "Saved", "Next")]
     assert order == sorted(order), "what was done, what came out, where it is, what to do next"
 
@@ -81,7 +83,7 @@ def test_the_one_screen_says_what_came_out(native: Run, tiny_bert: Path) -> None
 def test_many_labels_are_counted_and_a_few_shown(pooled: tuple[dict[str, Any], dict[str, Any]]) -> None:
     info, metrics = pooled
     names = [f"name {i}" for i in range(200)]
-    data = line_of(report.summary_text({**info, "names": names}, metrics, WORDS), "Data")
+    data = line_of(report.told("summary.txt", {**info, "names": names}, metrics), "Data")
     assert data.endswith("200 labels: name 0, name 1, name 2, name 3, name 4, name 5, …")
 
 
@@ -91,7 +93,7 @@ def test_large_counts_can_be_read_and_parts_that_took_no_time_are_left_out(
     info, metrics = pooled
     timing = {"read": 0.01, "tokenize": 0.04, "encode": 61.26, "train": 5.0, "evaluate": 0.05, "total": 66.4}
     features = {"texts": 1_234_567, "encoded": 1_000_000, "reused": 234_567, "bytes": 9_876_543_210}
-    text = report.summary_text(info, {**metrics, "timing": timing, "features": features}, WORDS)
+    text = report.told("summary.txt", info, {**metrics, "timing": timing, "features": features})
     assert line_of(text, "Time").split(maxsplit=1)[1] == "66.4 s (encode 61.3, train 5.0, evaluate 0.1)"
     assert "1,234,567 distinct texts: 1,000,000 encoded, 234,567 from the store (9,876.5 MB)" in text
 
@@ -112,17 +114,86 @@ def test_it_says_plainly_whether_the_baselines_are_beaten(
     accuracy: float, majority: float, tfidf: float, verdict: str
 ) -> None:
     told = f"majority {majority:.3f}, TF-IDF + logistic regression {tfidf:.3f}: {verdict}"
-    assert report.compare_text(scored(accuracy, majority, tfidf, 0.0002)) == f"{told} (p < 0.001)"
-    assert report.compare_text(scored(accuracy, majority, tfidf, 0.0412)) == f"{told} (p = 0.041)"
+    assert report.filled("compare.txt", scored(accuracy, majority, tfidf, 0.0002)) == f"{told} (p < 0.001)"
+    assert report.filled("compare.txt", scored(accuracy, majority, tfidf, 0.0412)) == f"{told} (p = 0.041)"
     luck = "" if verdict.startswith("no better") else ", which may be luck"
-    assert report.compare_text(scored(accuracy, majority, tfidf, 0.2)) == f"{told} (p = 0.200{luck})"
+    assert report.filled("compare.txt", scored(accuracy, majority, tfidf, 0.2)) == f"{told} (p = 0.200{luck})"
+
+
+def test_it_says_how_far_to_trust_its_confidence(pooled: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    calibration = {"method": "temperature", "temperature": 1.234, "ece_before": 0.1, "ece_after": 0.02}
+    rows = [(0.5, 1.0, 0.8), (0.7, 0.9, 0.85), (0.8, 0.6, 0.9), (0.9, 0.4, 0.95), (0.99, 0.0, None)]
+    coverage = [dict(zip(("min_confidence", "coverage", "accuracy"), row, strict=True)) for row in rows]
+    said = report.filled("trust.txt", {"calibration": calibration, "coverage": coverage})
+    assert said == (
+        "calibration error 0.100 before, 0.020 after dividing logits by 1.23; "
+        "with --min-confidence 0.8 it answers 60%, 0.900 of them right"
+    )
+    assert report.filled("trust.txt", {"calibration": {"method": "none"}, "coverage": coverage[:1]}) == "not calibrated"
+
+
+def test_it_says_what_limits_the_result() -> None:
+    slices = [
+        {"slice": f"kind {i}", "n": 1200, "accuracy": 0.6, "accuracy_ci95": [0.5, 0.7 + i / 10]} for i in range(4)
+    ]
+    per_label = {name: {"f1": f1, "support": n} for name, f1, n in (("a", 0.9, 5), ("b", 0.7, 5), ("c", 0.0, 0))}
+    curve = [{"texts": 50, "validation_accuracy": 0.7}, {"texts": 200, "validation_accuracy": 0.72}]
+    fields = {"slices": slices, "learning_curve": curve, "test": {"accuracy": 0.95, "per_label": per_label}}
+    learnt = "a head on 50 texts was 0.700 accurate on validation, on all 200 "
+    assert report.filled("limits.txt", fields).split("\n") == [
+        "kind 0: accuracy 0.600 on 1,200 test texts",
+        "kind 1: accuracy 0.600 on 1,200 test texts",
+        learnt + "0.720: more texts would help, above all of b",
+    ]
+    curve[1]["validation_accuracy"] = 0.71
+    assert report.filled("limits.txt", {**fields, "slices": []}) == learnt + "0.710: more texts alone would add little"
+    assert report.filled("limits.txt", {**fields, "slices": [], "learning_curve": curve[:1]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "costs", "contradicted", "steps"),
+    [
+        ({"recipe": "article", "thaw": "0"}, [], 0, ["train", "the default recipe, which fine-tunes the encoder, too"]),
+        ({"thaw": "0"}, [], 0, ["train --thaw auto", "fine-tunes the encoder, too"]),
+        ({"thaw": "auto"}, [(1, 500), (2, 600)], 0, []),
+        ({"thaw": "auto"}, [(1, 601), (2, 661)], 0, ["train --time-budget 12m", "lets it fine-tune the top 2 layers"]),
+        ({"thaw": "2"}, None, 1, ["audit", "it is sure against the label of a test text: some labels may be wrong"]),
+        (
+            {"thaw": "2"},
+            None,
+            1234,
+            ["audit", "it is sure against the label of 1,234 test texts: some labels may be wrong"],
+        ),
+    ],
+)
+def test_it_says_what_to_do_next(
+    settings: dict[str, str], costs: list[tuple[int, int]] | None, contradicted: int, steps: list[str]
+) -> None:
+    usual = {"recipe": "headstart", "data": "my table\n.csv", "time_budget": 600.0, "label": None, "text": "it"}
+    thaw = {} if costs is None else {"costs": [{"depth": depth, "seconds": seconds} for depth, seconds in costs]}
+    fields = {"settings": {**usual, "test": "t.csv", "validation": None, **settings}, "thaw": thaw}
+    said = report.filled("steps.txt", {**fields, "contradicted": contradicted})
+    if steps:
+        command, _, options = steps[0].partition(" ")
+        table = "'my table\N{REPLACEMENT CHARACTER}.csv' --test t.csv --text it"
+        steps[0] = f"headstart {command} {table} {options}".rstrip()
+    assert said == "\n".join(steps)
+
+
+def test_what_each_depth_would_cost() -> None:
+    costs = [Cost(1, 5.4, 10**9, 10**8), Cost("all", 1605.4, 10**10, 0)]
+    assert report.filled("costs.txt", {"costs": costs, "budget": 600.0}).splitlines() == [
+        "--thaw  predicted time  memory        disk",
+        "     1             5 s   1.0 GB      100 MB",
+        "   all         1,605 s  10.0 GB        0 MB  over the budget of 600 s",
+    ]
 
 
 def test_an_evaluation_on_another_table() -> None:
     said, truth = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]]), np.array([0, 1, 1])
     numbers = evaluate(said, truth, ("bad", "good"))
-    full = report_text(said, truth, ("bad", "good"))
-    got = report.evaluation_text({**numbers, "n": 12_345}, full)
+    full = report_text(numbers)
+    got = report.filled("evaluation.txt", {"test": {**numbers, "n": 12_345}})
     assert got.startswith(full.rstrip() + "\n\nAccuracy 0.667 on 12,345 texts")
     low, high = numbers["accuracy_ci95"]
     assert f"(95% interval {low:.3f} to {high:.3f}), macro F1 0.667, log loss 0.607" in got
@@ -132,13 +203,14 @@ def test_an_evaluation_on_another_table() -> None:
 def test_control_characters_are_made_harmless(pooled: tuple[dict[str, Any], dict[str, Any]]) -> None:
     info, metrics = pooled
     hostile = {**info, "names": [f"a{HOSTILE}", "b"], "settings": {**info["settings"], "data": f"d{HOSTILE}.csv"}}
-    text = report.summary_text(hostile, metrics, WORDS)
+    told = {**metrics, "test": {**metrics["test"], "labels": [f"a{HOSTILE}", "b"]}}
+    text = report.told("summary.txt", hostile, told)
     assert "�[2J�]0;owned��31m��" in line_of(text, "Data")
     assert not {chr(code) for code in CONTROL} - {"\n"} & set(text)
-    assert len(text.splitlines()) == len(report.summary_text(info, metrics, WORDS).splitlines()), "no line of its own"
-    card = report.model_card(hostile, metrics, f"a{HOSTILE[:-2]}  0.5\n")
+    assert len(text.splitlines()) == len(report.told("summary.txt", info, metrics).splitlines()), "no line of its own"
+    card = report.told("card.md", hostile, told)
     assert not {chr(code) for code in CONTROL} - {"\n"} & set(card)
-    assert len(card.splitlines()) == len(report.model_card(info, metrics, WORDS).splitlines())
+    assert len(card.splitlines()) == len(report.told("card.md", info, metrics).splitlines())
 
 
 # --- the model card
@@ -151,7 +223,7 @@ def test_the_card_is_one_that_the_hub_understands(
     from huggingface_hub import ModelCard
 
     info, metrics = pooled if kind == "pooled" else (native.info, native.metrics)
-    text = report.model_card(info, metrics, WORDS)
+    text = report.told("card.md", info, metrics)
     card = ModelCard(text, ignore_metadata_errors=False)
     assert card.data.library_name == {"pooled": "headstart", "native": "transformers"}[kind]
     assert card.data.pipeline_tag == "text-classification"
@@ -162,18 +234,24 @@ def test_the_card_is_one_that_the_hub_understands(
         f"made by headstart {info['headstart']} from `small.csv` (56 texts to train on, 12 to choose on, 12 to test",
         f"seed {info['seed']}",
         f"Accuracy **{metrics['test']['accuracy']:.3f}** (95% interval",
-        report.compare_text(metrics),
+        report.filled("compare.txt", metrics),
         f"Encoder `{info['settings']['model']}`; {info['head']['description']}. Texts are cut after 16 tokens.",
     ):
         assert piece in whole
-    assert f"```\n{WORDS}```" in text
+    assert f"```\n{report_text(metrics['test']).rstrip()}\n```" in text
     assert ("trust_remote_code=True" in text) == (kind == "pooled"), "only a head of headstart's own needs it"
     assert ("modeling_headstart.py" in text) == (kind == "pooled")
 
 
 def test_the_run_folder_has_its_card(native: Run) -> None:
-    expected = report.model_card(native.info, native.metrics, native.report)
-    assert (native.folder / "README.md").read_text(encoding="utf-8") == expected
+    expected = report.told("card.md", native.info, native.metrics)
+    assert (native.folder / "README.md").read_text(encoding="utf-8") == expected + "\n"
+
+
+def test_the_page_has_commands_that_can_be_pasted(native: Run) -> None:
+    page = (native.folder / "report.html").read_text(encoding="utf-8")
+    for command in ("predict", "explain", "evaluate"):
+        assert f"headstart {command} {shlex.quote(str(native.folder))} " in page
 
 
 def test_the_code_on_a_native_card_runs(native: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,10 +329,16 @@ def test_a_column_for_each_of_several_labels(tmp_path: Path) -> None:
 # --- lengths
 
 
+def histogram(lengths: list[int]) -> list[str]:
+    """The lines of the histogram in what `headstart lengths` prints."""
+    text = report.lengths_text(advice()._replace(lengths=np.array(lengths, dtype=np.int64)))
+    return text.split("\n\n")[1].splitlines()
+
+
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 40) | st.integers(0, 9000), min_size=1, max_size=400))
 def test_each_text_is_in_the_bin_that_names_its_length(lengths: list[int]) -> None:
-    lines = report.histogram(np.array(lengths, dtype=np.int64))
+    lines = histogram(lengths)
     assert 1 <= len(lines) <= 16
     counts, bars = [], []
     for line in lines:
@@ -272,8 +356,7 @@ def test_each_text_is_in_the_bin_that_names_its_length(lengths: list[int]) -> No
 
 
 def test_a_few_very_long_texts_do_not_flatten_the_rest() -> None:
-    lengths = np.array([*range(5, 21)] * 100 + [5000], dtype=np.int64)
-    lines = report.histogram(lengths)
+    lines = histogram([*range(5, 21)] * 100 + [5000])
     assert len(lines) == 16
     assert [line.split()[0] for line in lines] == [*(str(n) for n in range(5, 20)), "20+"]
     assert lines[-1].split()[-1] == "101"
@@ -288,7 +371,6 @@ def test_the_advice_is_shown_with_what_each_length_costs() -> None:
     text = report.lengths_text(given_advice)
     assert text.startswith("Token lengths of 1,021 texts (special tokens included)\n")
     assert "Quantiles   0% 3  25% 7  50% 11  75% 15  90% 18  95% 19  99% 19  100% 60\n" in text
-    assert "\n".join(report.histogram(given_advice.lengths)) in text
     rows = [line.split() for line in text.splitlines() if re.match(r" +\d+ +[\d.]+% +[\d.]+", line)]
     assert [int(row[0]) for row in rows] == [one.max_length for one in given_advice.candidates]
     assert [row[1:3] for row in rows] == [[f"{one.cut:.2%}", f"{one.cost:.2f}"] for one in given_advice.candidates]

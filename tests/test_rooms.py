@@ -27,6 +27,7 @@ ROOMS = (
     "predict",
     "metrics",
     "judge",
+    "prepare",
     "explain",
     "audit",
     "report",

@@ -22,22 +22,13 @@ from torch import nn
 
 import headstart
 from headstart import config, metrics, predict, run
-from headstart.data import text_key
-from headstart.errors import DataError, InputError
+from headstart.prepare import read
 from headstart.run import Run
 from headstart.train import FeatureBatches
-from tests.conftest import BAD, GOOD, NOUNS, SMALL_ROWS, write_csv
+from tests.conftest import BAD, EXACT, GOOD, NOUNS, QUICK, SMALL_ROWS, write_csv
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["headstart.model"])
-
-EXACT: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
-QUICK: dict[str, Any] = {
-    **EXACT,
-    **{"head_features": ("mean-2",), "head_width": 0, "lr": 1e-2, "weight_decay": 0.01, "epochs": 4},
-    "thaw": "0",
-}
-"""A head with nothing left to search, on a frozen encoder."""
 
 SEARCHED: dict[str, Any] = {"head_features": None, "head_width": None, "epochs": 3}
 """With `QUICK`: layers and width are searched for, as they are by default."""
@@ -60,18 +51,6 @@ def done(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory, _session_cac
     folder = tmp_path_factory.mktemp("done")
     table = write_csv(folder / "three.csv", three_kinds(("a", "b", "c")))
     return run.train(config.settings(str(table), model=str(tiny_bert), out=str(folder / "run"), **QUICK))
-
-
-@pytest.fixture
-def train(tiny_bert: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Train a quick head on rows (written as a table) into a folder of the given name."""
-
-    def call(rows: Iterable[tuple[str, str]] = SMALL_ROWS, out: str = "run", **given: Any) -> Run:
-        table = write_csv(tmp_path / f"{out}.csv", rows)
-        chosen = {"model": str(tiny_bert), "out": str(tmp_path / out), **QUICK, **given}
-        return run.train(config.settings(str(table), **chosen))
-
-    return call
 
 
 def train_elsewhere(cache: str, table: str, given: dict[str, Any]) -> None:
@@ -224,27 +203,8 @@ def test_the_learning_curve_ends_in_the_head_itself(done: Run) -> None:
     assert curve[-1]["validation_accuracy"] == done.metrics["stages"][0]["validation_accuracy"]
 
 
-def test_neighbours_are_training_texts_while_the_table_is_as_it_was(train: Callable[..., Run]) -> None:
-    done = train()
-    splits, _ = run.read(config.settings(done.info["settings"]["data"]))
-    text = splits.train.texts[3]
-    found = run.neighbours(done.folder, text)
-    assert found[0].text == text
-    assert found[0].similarity == pytest.approx(1, abs=2e-3)
-    assert len(found) == 5
-    labels = dict(zip(splits.train.texts, (splits.train.names[i] for i in splits.train.labels), strict=True))
-    assert all(labels[one.text] == one.label for one in found)
-    table = Path(done.info["settings"]["data"])
-    table.write_text(table.read_text() + "one more,0\n")
-    with pytest.raises(InputError, match="has changed since"):
-        run.neighbours(done.folder, text)
-    table.unlink()
-    with pytest.raises(InputError, match="no such file"):
-        run.neighbours(done.folder, text)
-
-
 def test_the_baselines_are_of_the_same_split(done: Run) -> None:
-    splits, _ = run.read(config.settings(done.info["settings"]["data"], **QUICK))
+    splits, _ = read(config.settings(done.info["settings"]["data"], **QUICK))
     said = metrics.baselines(splits.train.texts, splits.train.labels, splits.test.texts)
     expected = {name: metrics.scores(one, splits.test.labels) for name, one in said.items()}
     assert done.metrics["baselines"] == expected
@@ -284,25 +244,6 @@ def test_total_is_the_whole_process(tiny_bert: Path, small_table: Path, tmp_path
     seconds = run.train(given, started=time.time() - 1000).metrics["timing"]
     assert seconds["total"] > 1000
     assert all(seconds[part] > 0 for part in ("read", "encode", "train", "evaluate"))
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("reviews.csv", "reviews"),
-        ("some/where/reviews.tsv.gz", "reviews"),
-        ("a.b.parquet", "a.b"),
-        ("hf://datasets/someone/set/train.jsonl", "train"),
-        ("sample", "sample"),
-        (".csv", "run"),
-        ("Reviews.CSV.GZ", "Reviews"),
-        ("a.json.csv", "a.json"),
-        ("a.csv.csv", "a.csv"),
-        ("csv", "csv"),
-    ],
-)
-def test_a_run_is_named_after_its_data(source: str, name: str) -> None:
-    assert run.default_name(source) == name
 
 
 def test_without_out_it_goes_to_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,26 +373,6 @@ def test_the_article_recipe_is_the_article(train: Callable[..., Run], tiny_bert:
     assert any(len(text.split()) > 17 for text, _ in ARTICLE_ROWS)
 
 
-def test_by_default_copies_of_a_text_are_on_one_side(tmp_path: Path) -> None:
-    rows = [*SMALL_ROWS, *((f"The  {text[4:].upper()}", label) for text, label in SMALL_ROWS[::2])]
-    table = str(write_csv(tmp_path / "t.csv", rows))
-
-    def sides(**given: Any) -> tuple[list[set[str]], tuple[str, ...]]:
-        splits, _ = run.read(config.settings(table, **given))
-        parts = (splits.train, splits.validation, splits.test)
-        assert sum(map(len, parts)) == len(rows)
-        return [{text_key(text) for text in part.texts} for part in parts], splits.notices
-
-    (one, two, three), notices = sides()
-    assert not one & two
-    assert not one & three
-    assert not two & three
-    assert any("40 rows repeat an earlier row's text" in notice for notice in notices)
-    assert any("moved so that copies of a text share one part" in notice for notice in notices)
-    (one, two, three), _ = sides(recipe="article")
-    assert one & (two | three), "the article leaves them as they fall"
-
-
 def test_what_was_found_in_the_data_is_told(train: Callable[..., Run]) -> None:
     done = train([*SMALL_ROWS, ("", "1"), SMALL_ROWS[3]])
     assert any("dropped 1 row with an empty text (row 82)" in notice for notice in done.notices)
@@ -530,72 +451,6 @@ def test_one_order_of_labels_everywhere(
     assert right > 0.8, "the names are on the right columns: what it was taught it knows"
 
 
-def test_names_are_shown_and_either_kind_is_read_back(train: Callable[..., Run], tmp_path: Path) -> None:
-    done = train(label_names=("negative", "positive"), epochs=30)
-    header, rows = predictions(done.folder)
-    assert header[4:] == ["p_negative", "p_positive"]
-    assert {row["label"] for row in rows} == {"negative", "positive"}
-    assert all((row["label"] == "positive") == any(word in row["text"] for word in GOOD) for row in rows)
-    predictor = predict.load(done.folder, **EXACT)
-    assert predictor.names == ("negative", "positive")
-    shown = [(text, ("negative", "positive")[int(label)]) for text, label in SMALL_ROWS]
-    raw = run.evaluate(predictor, str(write_csv(tmp_path / "raw.csv", SMALL_ROWS)))
-    named = run.evaluate(predictor, str(write_csv(tmp_path / "named.csv", shown)))
-    assert raw.numbers == named.numbers
-    assert raw.numbers["accuracy"] > 0.8
-
-
-@pytest.mark.parametrize(
-    ("shown", "table", "read_as", "said"),
-    [
-        (("1", "2"), ("0", "1"), (0, 1), False),
-        (("1", "2"), ("1", "2"), (0, 1), False),
-        (("1", "2"), ("1", "1"), (1, 1), True),
-        (("1", "0"), ("0", "1"), (0, 1), True),
-        (("1", "0"), ("1", "0"), (1, 0), True),
-        (("0", "1"), ("1", "0"), (1, 0), False),
-        (("bad", "good"), ("good", "bad"), (1, 0), False),
-    ],
-)
-def test_labels_are_read_one_way_for_the_whole_table(
-    shown: tuple[str, str],
-    table: tuple[str, str],
-    read_as: tuple[int, int],
-    *,
-    said: bool,
-    tiny_run: Path,
-    tmp_path: Path,
-) -> None:
-    """The run was trained on 0 and 1, and shows them by other names."""
-    loaded = predict.load(tiny_run, **EXACT)
-    classifier = dataclasses.replace(loaded.classifier, names=shown)
-    rows = [(text, table[i % 2]) for i, (text, _) in enumerate(SMALL_ROWS)]
-    found = run.evaluate(predict.Predictor(classifier), str(write_csv(tmp_path / "t.csv", rows)))
-    support = [one["support"] for one in found.numbers["per_label"].values()]
-    assert support == [read_as.count(place) * 40 for place in (0, 1)]
-    right = [
-        place == loaded.names.index(name)
-        for place, name in zip(read_as * 40, loaded.predict([t for t, _ in rows]), strict=True)
-    ]
-    assert found.numbers["accuracy"] == pytest.approx(np.mean(right))
-    remarks = [notice for notice in found.notices if "labels" in notice]
-    assert len(remarks) == said
-    assert not said or "are read as those trained on (0, 1), not as the names shown for them" in remarks[0]
-
-
-def test_labels_of_both_kinds_in_one_table_are_refused(tiny_run: Path, tmp_path: Path) -> None:
-    classifier = dataclasses.replace(predict.load(tiny_run, **EXACT).classifier, names=("1", "2"))
-    table = write_csv(tmp_path / "t.csv", [("a", "0"), ("b", "1"), ("c", "2")])
-    with pytest.raises(DataError, match=r"the label '2' \(row 4\) is not one of those trained on: 0, 1"):
-        run.evaluate(predict.Predictor(classifier), str(table))
-
-
-def test_a_name_given_twice_is_refused(train: Callable[..., Run], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--label-names gives the same name twice"):
-        train(label_names=("same", "same"))
-    assert not (tmp_path / "run").exists()
-
-
 # --- tables of their own for validation and test
 
 
@@ -618,77 +473,3 @@ def test_given_tables_are_used_as_they_are(given: tuple[str, ...], train: Callab
     if "validation" in given:
         assert done.metrics["validation"]["per_label"]["1"]["support"] == len(NOUNS)
     assert done.metrics["features"]["texts"] == 80 + sum(len(tables[name]) for name in given)
-
-
-# --- another table
-
-
-@pytest.mark.parametrize("head", ["pooled", "native"])
-def test_evaluating_on_the_test_table_gives_the_test_numbers(
-    head: str, train: Callable[..., Run], tmp_path: Path
-) -> None:
-    table = write_csv(tmp_path / "test.csv", [(f"a {noun} was {word}", "1") for noun in NOUNS for word in GOOD[:2]])
-    done = train(test=str(table), head=head)
-    found = run.evaluate(predict.load(done.folder, **EXACT), str(table))
-    exact = ("n", "accuracy", "accuracy_ci95", "confusion_matrix", "labels", "per_label", "macro_f1")
-    assert {name: found.numbers[name] for name in exact} == {name: done.metrics["test"][name] for name in exact}
-    assert found.numbers["log_loss"] == pytest.approx(done.metrics["test"]["log_loss"], abs=2e-3)
-    assert found.report == done.report
-    assert found.notices == ()
-
-
-def test_evaluating_finds_the_columns_trained_on(tiny_bert: Path, tmp_path: Path) -> None:
-    names = ("words", "verdict")
-    table = write_csv(tmp_path / "t.csv", SMALL_ROWS, *names)
-    given = {"text": "words", "label": "verdict", "model": str(tiny_bert), "out": str(tmp_path / "run"), **QUICK}
-    predictor = predict.load(run.train(config.settings(str(table), **given)).folder, **EXACT)
-    expected = run.evaluate(predictor, str(table)).numbers
-    # With other usual names beside them the columns trained on are still meant.
-    decoys = [(text, label, "nothing", "0") for text, label in SMALL_ROWS]
-    beside = write_csv(tmp_path / "beside.csv", decoys, *names, "sentence", "label")
-    assert run.evaluate(predictor, str(beside)).numbers == expected
-    usual = write_csv(tmp_path / "usual.csv", SMALL_ROWS, "review", "sentiment")
-    assert run.evaluate(predictor, str(usual)).numbers == expected
-    swapped = write_csv(tmp_path / "swapped.csv", [(b, a) for a, b in SMALL_ROWS], "x", "y")
-    assert run.evaluate(predictor, str(swapped), "y", "x").numbers == expected
-    with pytest.raises(DataError, match="has no text column"):
-        run.evaluate(predictor, str(swapped))
-
-
-def test_evaluating_tells_what_it_found(tiny_run: Path, tmp_path: Path) -> None:
-    rows = [*SMALL_ROWS[:6], ("film " * 90, "1"), ("", "0")]
-    table = write_csv(tmp_path / "t.csv", rows)
-    found = run.evaluate(predict.load(tiny_run, **EXACT), str(table))
-    assert found.numbers["n"] == 7
-    assert any("dropped 1 row with an empty text (row 9)" in notice for notice in found.notices)
-    assert "1 of 7 texts were cut to 16 tokens." in found.notices
-
-
-# --- lengths
-
-
-def test_lengths_are_what_the_models_tokenizer_counts(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    texts = [f"the {noun} was {'not ' * i}superb, zebra!" for i, noun in enumerate(NOUNS)] + ["very " * 100]
-    table = write_csv(tmp_path / "t.csv", [(text,) for text in [*texts, ""]], "review")
-    for family in ("bert", "roberta"):
-        advice = run.lengths(str(table), str(tiny_models(family)))
-        counted = AutoTokenizer.from_pretrained(tiny_models(family))(texts)["input_ids"]
-        assert advice.lengths.tolist() == [len(ids) for ids in counted]
-        assert advice.candidates[-1].max_length == 64, "no more than the model takes"
-        assert advice.advised == 64
-        assert f"the longest has {len(counted[-1])} tokens" in advice.reason
-    with pytest.raises(DataError, match="has no column 'nothing'"):
-        run.lengths(str(table), str(tiny_models("bert")), "nothing")
-
-
-def test_the_advice_is_read_off_the_training_texts_and_followed(train: Callable[..., Run], tmp_path: Path) -> None:
-    table = write_csv(tmp_path / "long.csv", [("the film was great " * 12, "1")] * 5)
-    done = train(test=str(table), validation=str(table))
-    assert (done.info["max_length"], done.info["max_length_reason"]) == (16, "no text is cut, the longest has 6 tokens")
-    asked = train(out="asked", max_length=5)
-    assert asked.info["max_length"] == 5
-    assert asked.info["max_length_reason"] == "as asked; 100.0% of the training texts are cut (advised: 16)"
-    assert asked.metrics["features"]["encoded"] > 0, "texts cut elsewhere are other texts to the encoder"
-    assert json.loads((asked.folder / "tokenizer_config.json").read_text())["model_max_length"] == 5

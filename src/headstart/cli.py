@@ -98,7 +98,7 @@ def train(
         result = run.train(chosen, started=psutil.Process().create_time(), announce=note)  # imports count in the total
         note(*result.notices)
         say(result.summary())
-        if result.interrupted:
+        if result.info["interrupted"]:
             raise StoppedEarlyError("Ctrl-C: training ended early; the best so far was tested and saved.")
 
 
@@ -112,11 +112,11 @@ def evaluate(
     precision: PrecisionOption = "auto",
 ) -> None:
     """Test a trained classifier on another labelled table."""
-    from headstart import predict, report, run
+    from headstart import judge, predict, report
 
-    result = run.evaluate(predict.load(folder, device=device, precision=precision), data, text, label)
-    note(*result.notices)
-    say(report.evaluation_text(result.numbers, result.report))
+    numbers, notices = judge.evaluate(predict.load(folder, device=device, precision=precision), data, text, label)
+    note(*notices)
+    say(report.filled("evaluation.txt", {"test": numbers}))
 
 
 @app.command("predict")
@@ -182,9 +182,9 @@ def audit(
         "seed": seed,
     }
     chosen = settings(data, thaw="0", device=device, precision=precision, **given)
-    from headstart import audit, report, run
+    from headstart import audit, prepare, report
 
-    path = Path(out or f"{run.default_name(data)}-audit.csv")
+    path = Path(out or f"{prepare.default_name(data)}-audit.csv")
     found = audit.audit(chosen, path)
     say(report.audit_text(found, data, path))
 
@@ -200,27 +200,28 @@ def explain(
     """Which words of TEXT pushed its label, by integrated gradients, and the training texts nearest to it."""
     if as_json and as_html:
         raise InputError("--json and --html: give one of them.")
+    import dataclasses
     import json
 
     from rich.console import Console
 
-    from headstart import predict, report, run
-    from headstart.explain import explain
+    from headstart import predict, report
+    from headstart.explain import explain, neighbours
 
-    found = explain(predict.load(folder, device=device, precision="fp32").classifier, text)
+    found = dataclasses.asdict(explain(predict.load(folder, device=device, precision="fp32").classifier, text))
+    found["nearest"] = []
     try:
-        near = run.neighbours(Path(folder), text)
+        found["nearest"] = neighbours(Path(folder), text)
     except InputError as error:
-        near = []
         note(f"The nearest training texts are not shown. {error}")
     if as_json:
-        typer.echo(json.dumps(report.explanation_fields(found, near), ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
     elif as_html:
-        typer.echo(report.explanation_page(found, near))
+        typer.echo(report.filled("explain.html", found))
     else:
         if sys.stdout.isatty():
-            Console().print(report.coloured_words(found))
-        say(report.explanation_text(found, near))
+            Console(emoji=False, highlight=False).print(report.filled("explain.rich", found))
+        say(report.filled("explain.txt", found))
 
 
 @app.command()
@@ -231,10 +232,10 @@ def lengths(
     png: Annotated[Words, opt("--png FILE", "The histogram as a picture (NAME-lengths.png).")] = None,
 ) -> None:
     """Token lengths of DATA and the max_length they suggest, with what each candidate would cut and cost."""
-    from headstart import report, run
+    from headstart import prepare, report
 
-    advice = run.lengths(data, model or "minilm", text)
-    picture = Path(png or f"{run.default_name(data)}-lengths.png")
+    advice = prepare.lengths(data, model or "minilm", text)
+    picture = Path(png or f"{prepare.default_name(data)}-lengths.png")
     report.save_histogram(advice, picture)
     say(f"{report.lengths_text(advice)}\nHistogram: {picture}")
 

@@ -5,26 +5,30 @@ is. This room knows gradients and words. It draws nothing.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from headstart.config import from_file, settings
+from headstart.encoder import encode
 from headstart.errors import InputError
-from headstart.features import Features
-from headstart.model import Classifier
+from headstart.model import Classifier, read_json
 from headstart.predict import probabilities_of
+from headstart.prepare import data_fingerprint, prepare
 
-Method = Literal["integrated gradients", "gradients at a few points"]
-STEPS, FEW = 50, 4  # points on the path: captum's default, and as few as tell the words that count
+POINTS, FEW = 50, 4  # points on the path: so many that scores add up, and as few as tell the words that count
 AT_ONCE = 4096  # tokens of them that are computed together
 # A run of signs without a space; scripts written without spaces have a word a sign.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
-class Word(NamedTuple):
+@dataclass(frozen=True)
+class Word:
     """A word of a text, where it stands in it, and its score: above 0 where it speaks for the predicted label.
 
     The score of a word beyond max_length, which was not read, is None.
@@ -36,46 +40,42 @@ class Word(NamedTuple):
     score: float | None
 
 
-class Explanation(NamedTuple):
+@dataclass(frozen=True)
+class Explanation:
     """Why a text got its label: scores add up to the change in log-odds, but for `completeness_error`."""
 
     text: str
     label: str
     confidence: float
     words: tuple[Word, ...]
-    method: Method
     completeness_error: float
 
 
-def explain(classifier: Classifier, text: str, method: Method = "integrated gradients") -> Explanation:
-    """Explain a text's label by integrated gradients (Sundararajan et al. 2017), or by a few of its points.
-
-    An `InputError` if the text is blank, or captum, which integrates, is not installed; the quick way does without.
-    """
+def explain(classifier: Classifier, text: str, points: int = POINTS) -> Explanation:
+    """Explain a text's label by integrated gradients, taken at so many points; an `InputError` if the text is blank."""
     if not text.strip():
         raise InputError("There is nothing to explain in a blank text.")
     scorer, tokenizer = classifier.model, classifier.tokenizer
-    whole = tokenizer([text])
-    ids = torch.from_numpy(tokenizer.truncate(whole, classifier.max_length)[0][None].astype(np.int64)).to(scorer.device)
     encoding = tokenizer.fast.encode(text)
-    real = torch.tensor([not special for special in encoding.special_tokens_mask], device=ids.device)
+    ids = torch.from_numpy(tokenizer.truncate(tokenizer([text]), classifier.max_length)[0][None].astype(np.int64))
     read = ids.shape[1] - (len(tokenizer.suffix) if ids.shape[1] < len(encoding.ids) else 0)
-    real = torch.cat([real[:read], real.new_zeros(ids.shape[1] - read)])
-    mask = torch.ones_like(ids)
+    masked = ids.clone()
+    masked[0, :read][torch.tensor(encoding.special_tokens_mask[:read]) == 0] = tokenizer.mask_id
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        return scorer.onward(states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)).float()
+
     with torch.no_grad():
-        states, start = (scorer.embedded(one) for one in (ids, ids.masked_fill(real, tokenizer.mask_id)))
-        logits = scorer.onward(torch.cat([states, start]), mask.expand(2, -1)).float()
+        states, start = (scorer.embedded(one.to(scorer.device)) for one in (ids, masked))
+        logits = logits_of(torch.cat([states, start]))
     best = int(logits[0].argmax())
 
     def log_odds(logits: torch.Tensor) -> torch.Tensor:
         others = torch.cat([logits[:, :best], logits[:, best + 1 :]], dim=1)
         return logits[:, best] - others.logsumexp(dim=1)
 
-    def odds(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return log_odds(scorer.onward(states, mask).float())
-
-    attribute = _integrated if method == "integrated gradients" else _sampled
-    scores = attribute(odds, states, start, mask)[0].sum(dim=-1).tolist()
+    shares = integrated_gradients(lambda path: log_odds(logits_of(path)), start, states, points)
+    scores = shares[0].sum(dim=-1).tolist()
     change = float(-log_odds(logits).diff())
     words = []
     for found in WORDS.finditer(text):
@@ -83,52 +83,46 @@ def explain(classifier: Classifier, text: str, method: Method = "integrated grad
         score = sum(scores[i] for i in own if i < read) if any(i < read for i in own) else None
         words.append(Word(found[0], *found.span(), score))
     confidence = float(probabilities_of(logits[:1].cpu()).max())
-    return Explanation(text, classifier.names[best], confidence, tuple(words), method, abs(change - sum(scores)))
+    return Explanation(text, classifier.names[best], confidence, tuple(words), abs(change - sum(scores)))
 
 
-Odds = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+def integrated_gradients(
+    function: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, end: torch.Tensor, points: int
+) -> torch.Tensor:
+    """What each number of `end`, (1, length, hidden), adds to a function of (n, length, hidden) states to (n,) numbers.
+
+    Sundararajan et al. 2017; its integral from `start` to `end` by the midpoint rule. The same shape.
+    """
+    way, total = end - start, torch.zeros_like(end)
+    middles = (torch.arange(points, device=end.device) + 0.5) / points
+    for some in middles.split(max(1, AT_ONCE // end.shape[1])):
+        path = (start + way * some[:, None, None]).requires_grad_()
+        (gradients,) = torch.autograd.grad(function(path).sum(), path)
+        total += gradients.sum(dim=0)
+    return total / points * way
 
 
-def _integrated(odds: Odds, states: torch.Tensor, start: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Integrated gradients of (1, length, hidden) states from `start` on: the same shape."""
-    try:
-        from captum.attr import IntegratedGradients
-    except ImportError as error:
-        raise InputError("explain needs captum. Install it with: pip install 'headstart[explain]'") from error
-    given = {
-        "additional_forward_args": (mask,),
-        "n_steps": STEPS,
-        "internal_batch_size": max(1, AT_ONCE // mask.numel()),
-    }
-    return IntegratedGradients(odds).attribute(states, start, **given).detach()
+def neighbours(folder: Path, text: str, most: int = 5) -> list[dict[str, Any]]:
+    """The training texts of a run that are most like a text, each once: text, label, similarity.
 
-
-def _sampled(odds: Odds, states: torch.Tensor, start: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean gradient at the middles of `FEW` equal parts of the way from `start` to the states, times that way."""
-    shares = (torch.arange(FEW, device=states.device) + 0.5) / FEW
-    path = (start + (states - start) * shares[:, None, None]).requires_grad_()
-    (gradients,) = torch.autograd.grad(odds(path, mask.expand(FEW, -1)).sum(), path)
-    return gradients.mean(dim=0, keepdim=True) * (states - start)
-
-
-class Neighbour(NamedTuple):
-    """A training text, its label, and the cosine of its features and the explained text's."""
-
-    text: str
-    label: str
-    similarity: float
-
-
-def nearest(
-    features: Features, texts: Sequence[str], labels: Sequence[str], wanted: Features, most: int = 5
-) -> list[Neighbour]:
-    """The texts, of n with stored features, whose last layer's mean is most like that of the one text `wanted`."""
-    name = [name for name in features.layout if name.startswith("mean-")][-1]
-    rows, one = (part.columns([name])[:, 0] for part in (features, wanted))
-    cosines = rows @ one[0] / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(one[0]), 1e-12)
-    found: dict[str, Neighbour] = {}
-    for i in np.argsort(-cosines, kind="stable").tolist():
-        found.setdefault(texts[i], Neighbour(texts[i], labels[i], float(cosines[i])))
+    That is the cosine of the means of their last layers. An `InputError` if the run's table is gone or has changed.
+    """
+    info = read_json(folder, "headstart.json")
+    config = settings(info["settings"]["data"], **from_file(str(folder / "headstart.json")))
+    ready = prepare(config)
+    if data_fingerprint(ready.splits) != info["data"]:
+        raise InputError(f"{config.data}: has changed since {folder} was trained.")
+    encoder, train, layout = ready.encoder, ready.splits.train, ready.features.layout
+    last = [name for name in layout if name.startswith("mean-")][-1]
+    tokens = encoder.tokenizer.truncate(encoder.tokenizer([text]), ready.max_length)
+    ((_, vectors),) = encode(encoder, tokens, layout)
+    asked = torch.from_numpy(vectors[:, layout.index(last)]).float()
+    rows = torch.from_numpy(ready.featured[0].columns([last])[:, 0])
+    cosines = torch.nn.functional.cosine_similarity(rows, asked, dim=1)
+    found: dict[str, dict[str, Any]] = {}
+    for i in cosines.argsort(descending=True, stable=True).tolist():
+        one = {"text": train.texts[i], "label": train.names[train.labels[i]], "similarity": float(cosines[i])}
+        found.setdefault(train.texts[i], one)
         if len(found) == most:
             break
     return list(found.values())

@@ -1,35 +1,32 @@
-"""What a classifier said of the test part to all that is told of it: metrics.json and the figures of the report.
+"""What a classifier says of the test part, or of another table, to all that is told of it.
 
-This room knows which numbers go together. It knows nothing of models, and computes none of the numbers itself.
+This room knows which numbers go together. It knows nothing of how a model comes to its answers, and computes none of
+the numbers itself.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from headstart import metrics
+from headstart import data, metrics, tables
 from headstart.config import Calibration
 from headstart.data import Dataset, Splits
 from headstart.metrics import Labels, Shares
-from headstart.predict import probabilities_of
+from headstart.predict import Predictor, probabilities_of
 
 Json = dict[str, Any]
 MISTAKES = 8  # the most confident ones that are shown
 SURE = 0.95  # who contradicts a label so confidently has often found a wrong label
 
 
-class Judgement(NamedTuple):
-    """The test's part of metrics.json, what only the report shows, (n, labels) probabilities, and the temperature."""
+def judge(
+    splits: Splits, held: torch.Tensor, tested: torch.Tensor, calibration: Calibration
+) -> tuple[Json, Json, Shares]:
+    """Judge (n, labels) logits of the validation part, on which a temperature is fitted, and of the test part.
 
-    numbers: Json
-    figures: Json
-    probabilities: Shares
-    temperature: float
-
-
-def judge(splits: Splits, held: torch.Tensor, tested: torch.Tensor, calibration: Calibration) -> Judgement:
-    """Judge (n, labels) logits of the validation part, on which a temperature is fitted, and of the test part."""
+    Returns the test's part of metrics.json, what only the report shows, and the test part's (n, labels) probabilities.
+    """
     train, validation, test, *_ = splits
     names, truth = train.names, test.labels
     heat = metrics.temperature(held.double().numpy(), validation.labels) if calibration == "temperature" else 1.0
@@ -56,11 +53,11 @@ def judge(splits: Splits, held: torch.Tensor, tested: torch.Tensor, calibration:
         "precision_recall": metrics.precision_recall(said, truth),
         "mistakes": mistakes(test, predicted, confidence),
     }
-    return Judgement(found, figures, said, heat)
+    return found, figures, said
 
 
 def mistakes(test: Dataset, predicted: Labels, confidence: Shares) -> list[Json]:
-    """The most confident wrong answers: their place in the test part, row, text, label, prediction, confidence."""
+    """The most confident wrong answers: their row, text, label, prediction and confidence."""
     wrong = np.flatnonzero(predicted != test.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
     return [
@@ -73,3 +70,22 @@ def mistakes(test: Dataset, predicted: Labels, confidence: Shares) -> list[Json]
         }
         for i in worst
     ]
+
+
+def evaluate(
+    predictor: Predictor, source: str, text: str | None = None, label: str | None = None
+) -> tuple[Json, list[str]]:
+    """Test a classifier on a table labelled all as in training, or all as the run shows labels; else a `DataError`.
+
+    Returns its numbers (see `metrics.evaluate`), and a sentence for each thing found in the table.
+    """
+    info, names = predictor.classifier.info, predictor.names
+    columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
+    usual = (name if name in columns else None for name in info.get("columns", (None, None)))
+    text, label = (given or trained for given, trained in zip((text, label), usual, strict=True))
+    table = data.load(source, text, label, known=(info.get("labels", names), names), least_rows=1)
+    scores = predictor.score(table.texts, progress="scoring")
+    notices = list(table.notices)
+    if cut := int(scores.cut.sum()):
+        notices.append(f"{cut:,} of {len(table):,} texts were cut to {predictor.classifier.max_length} tokens.")
+    return metrics.evaluate(scores.probabilities, table.labels, names), notices

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,13 @@ def evaluate(probabilities: Shares, truth: Labels, names: Sequence[str]) -> dict
     from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
     classes, predicted = range(len(names)), probabilities.argmax(axis=1)
-    correct = int((predicted == truth).sum())
     columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
     rows = pl.DataFrame(columns, schema=["precision", "recall", "f1", "support"]).to_dicts()
     per_label = dict(zip(names, rows, strict=True))
     return {
         "n": len(truth),
-        "accuracy": correct / len(truth),
-        "accuracy_ci95": accuracy_interval(correct, len(truth)),
-        "macro_f1": float(np.mean([one["f1"] for one in per_label.values() if one["support"]])),
+        **scores(predicted, truth),
+        "accuracy_ci95": accuracy_interval(int((predicted == truth).sum()), len(truth)),
         "log_loss": float(log_loss(truth, probabilities, labels=classes)),
         "ece": calibration_error(probabilities, truth),
         "per_label": per_label,
@@ -155,13 +153,14 @@ def slices(
     return sorted(rows, key=lambda row: row["accuracy"])
 
 
-def report_text(probabilities: Shares, truth: Labels, names: Sequence[str]) -> str:
-    """scikit-learn's classification report; a label has one line whatever is in its name."""
+def report_text(numbers: Mapping[str, Any]) -> str:
+    """scikit-learn's classification report of what `evaluate` found; a label has one line whatever is in its name."""
     from sklearn.metrics import classification_report
 
-    shown, classes = list(map(printable, names)), range(len(names))
-    predicted = probabilities.argmax(axis=1)
-    return str(classification_report(truth, predicted, labels=classes, target_names=shown, digits=3, zero_division=0.0))
+    shown, counts = list(map(printable, numbers["labels"])), np.array(numbers["confusion_matrix"])
+    truth, said = (np.repeat(side.ravel(), counts.ravel()) for side in np.indices(counts.shape))
+    classes = range(len(shown))
+    return str(classification_report(truth, said, labels=classes, target_names=shown, digits=3, zero_division=0.0))
 
 
 def baselines(train_texts: Sequence[str], train_labels: Labels, test_texts: Sequence[str]) -> dict[str, Labels]:

@@ -1,4 +1,4 @@
-"""One run, from a table to a run folder. This room knows the order of the others, and nothing else."""
+"""One run: train a head, thaw the encoder, keep what is better, test it once, and write the run folder."""
 
 import contextlib
 import hashlib
@@ -8,135 +8,49 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from headstart import data, metrics, report, tables
+from headstart import data, report
 from headstart.checkpoints import PLAN, Checkpoints, check_out, is_unfinished
-from headstart.config import PLACES, HeadKind, TrainConfig, from_file, settings
-from headstart.data import Dataset, Splits
-from headstart.encoder import (
-    Encoder,
-    Placement,
-    choose_placement,
-    encode,
-    length_limit,
-    load_config,
-    load_encoder,
-    load_tokenizer,
-    locate,
-)
+from headstart.config import PLACES, HeadKind, TrainConfig
+from headstart.encoder import Placement
 from headstart.engine import side_by_side
-from headstart.errors import DataError, InputError, StoppedEarlyError, disk_errors
-from headstart.explain import Neighbour, explain, nearest
-from headstart.features import Features, frozen_features
+from headstart.errors import InputError, StoppedEarlyError, disk_errors
+from headstart.explain import FEW, explain
 from headstart.folders import new_folder, whole_file
 from headstart.judge import judge
-from headstart.model import Depth, check_depth, cool, load_run, read_json, save_model
-from headstart.predict import Predictor
+from headstart.model import Depth, cool, load_run, read_json, save_model
+from headstart.prepare import PARTS, Prepared, data_fingerprint, default_name, measured, prepare
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
-from headstart.tokens import LengthAdvice, Tokens, advise_length
 from headstart.train import History
 from headstart.trials import Task, TrainedHead, in_folds, learning_curve, refit, train_head
 
 LEFT = "Ctrl-C: the checkpoints in {} are left as they are; --resume goes on from the newest."
-PARTS = ("train", "validation", "test")  # as `Splits` has them
 Announce = Callable[[str], None]
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training came to: the content of metrics.json and headstart.json, and scikit-learn's report on test.
+    """What training came to: the content of metrics.json and of headstart.json.
 
-    `notices` say what was found in the data and mended; `interrupted` is whether Ctrl-C ended training early.
+    `notices` say what was found in the data, and in the store, and mended.
     """
 
     folder: Path
     metrics: Json
     info: Json
-    report: str
     notices: tuple[str, ...]
-    interrupted: bool
 
     def summary(self) -> str:
         """One screen: what was done, what came out, where it is, what to do next."""
-        return report.summary_text(self.info, self.metrics, self.report)
-
-
-@contextlib.contextmanager
-def measured(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Add the block's wall seconds to those of `part`."""
-    begun = time.perf_counter()
-    yield
-    seconds[part] += time.perf_counter() - begun
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that precedes training: the parts and their raw labels, the encoder, token ids, features, and max_length."""
-
-    splits: Splits
-    raw_labels: tuple[str, ...]
-    encoder: Encoder
-    tokens: Tokens
-    features: Features
-    index: list[NDArray[np.int64]]
-    advice: LengthAdvice
-    max_length: int
-    max_length_reason: str
-
-    def task(self, config: TrainConfig) -> Task:
-        """The head's task."""
-        train, validation = self.splits.train, self.splits.validation
-        seen, held = (self.features.take(part) for part in self.index[:2])
-        return Task(self.encoder, seen, held, train.labels, validation.labels, train.names, config)
-
-    def fine_tuning(self, config: TrainConfig, probe: TrainedHead | None = None) -> FineTuning:
-        """The task of fine-tuning, which starts from the architecture's own head trained on stored features."""
-        if probe is None or probe.spec is not None:
-            plain = replace(head_settings(config), head="native", trials=None, recipe="headstart")
-            probe = train_head(self.task(plain))
-        if probe.history.interrupted:
-            raise KeyboardInterrupt
-        train, validation = self.splits.train, self.splits.validation
-        start, parts = probe.whole(train.names), (self.index[0], self.index[1], self.index[2])
-        return FineTuning(self.encoder, self.tokens, parts, train.labels, validation.labels, train.names, config, start)
-
-
-def head_settings(config: TrainConfig) -> TrainConfig:
-    """The settings of the head stage: those for epochs and steps are fine-tuning's where there is any."""
-    if config.thaw == "0":
-        return config
-    head: HeadKind = "native" if config.head == "native" or config.thaw != "auto" else "auto"
-    return replace(config, head=head, epochs=None, lr=None, batch_size=None, weight_decay=None)
-
-
-def prepare(config: TrainConfig, seconds: dict[str, float]) -> Prepared:
-    """Read, split, tokenise and encode; `seconds` has the time added to its parts."""
-    with measured(seconds, "read"):
-        splits, raw_labels = read(config)
-    placement = choose_placement(config.device, config.precision)
-    with measured(seconds, "encode"):
-        encoder = load_encoder(config.model, placement)
-    if config.thaw.isdecimal() and config.thaw != "0":
-        check_depth(encoder, int(config.thaw))
-    with measured(seconds, "tokenize"):
-        parts = (splits.train, splits.validation, splits.test)
-        tokens = encoder.tokenizer([text for part in parts for text in part.texts], progress="tokenizing")
-        advice = advise_length(tokens.lengths[: len(splits.train)], limit=encoder.max_length, hidden=encoder.hidden)
-        max_length, why = choose_length(config, advice, encoder)
-        cut = encoder.tokenizer.truncate(tokens, max_length)
-    with measured(seconds, "encode"):
-        features = frozen_features(encoder, cut)
-    index = np.split(np.arange(len(tokens)), np.cumsum([len(part) for part in parts])[:-1])
-    return Prepared(splits, raw_labels, encoder, cut, features, index, advice, max_length, why)
+        return report.told("summary.txt", self.info, self.metrics)
 
 
 @dataclass(frozen=True)
@@ -164,79 +78,107 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     the model, a setting or the output folder cannot be used, and a `TerminatedError` after SIGTERM.
     """
     started = time.time() if started is None else started
-    seconds = dict.fromkeys(("read", "tokenize", "encode", "train", "evaluate"), 0.0)
     out = out_folder(config)
     check_out(out, overwrite=config.overwrite, resume=config.resume)
-    ready = prepare(config, seconds)
-    splits, names = ready.splits, ready.splits.train.names
+    ready = prepare(config)
+    splits, names, seconds = ready.splits, ready.splits.train.names, {**ready.seconds, "train": 0.0, "evaluate": 0.0}
     with measured(seconds, "train"):
         learnt = learn(ready, config, out, announce)
     with measured(seconds, "evaluate"):
-        judged = judge(splits, learnt.validation_logits, learnt.test_logits, config.calibration)
-        cool(learnt.module, len(names), judged.temperature)
-        text = metrics.report_text(judged.probabilities, splits.test.labels, names)
-    stages = [stage_record(name, history) for name, history in learnt.stages.items()]
-    numbers = {**judged.numbers, "stages": stages, "learning_curve": learnt.learning_curve}
-    numbers |= {"features": ready.features.cost()} | ({"folds": learnt.folds} if learnt.folds is not None else {})
-    info = record(ready, config, learnt, out) | {"calibration": judged.numbers["calibration"]}
-    curves = {name: [asdict(epoch) for epoch in history.epochs] for name, history in learnt.stages.items()}
-    figures = {**judged.figures, "curves": curves, "lengths": report.length_bins(ready.advice.lengths)}
+        held, tested = learnt.validation_logits, learnt.test_logits
+        numbers, figures, probabilities = judge(splits, held, tested, config.calibration)
+        cool(learnt.module, len(names), numbers["calibration"]["temperature"])
+    numbers["stages"] = [stage_record(name, history) for name, history in learnt.stages.items()]
+    numbers |= {"learning_curve": learnt.learning_curve, "features": ready.features.cost()}
+    numbers |= {"folds": learnt.folds} if learnt.folds is not None else {}
+    info = record(ready, config, learnt, out) | {"calibration": numbers["calibration"]}
     counts = np.bincount(splits.train.labels, minlength=len(names)).tolist()
-    figures["balance"] = [{"name": name, "texts": count} for name, count in zip(names, counts, strict=True)]
+    figures |= {"histories": learnt.stages, "balance": dict(zip(names, counts, strict=True))}
+    figures["lengths"] = report.length_bins(ready.advice.lengths)
     with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
         save_model(folder, learnt.model.whole(names), ready.encoder, ready.max_length)
-        report.write_predictions(folder / "predictions.csv", splits.test, judged.probabilities)
+        report.write_predictions(folder / "predictions.csv", splits.test, probabilities)
         figures["mistakes"] = coloured(folder, figures["mistakes"], ready.encoder.placement)
         total = {**seconds, "total": time.time() - started}
         numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
         report.write_json(folder / "metrics.json", numbers)
         report.write_json(folder / "headstart.json", info)
-        (folder / "README.md").write_text(report.model_card(info, numbers, text), encoding="utf-8")
-        (folder / "report.html").write_text(report.page(info, numbers, text, figures), encoding="utf-8")
+        card, page = report.told("card.md", info, numbers), report.told("report.html", info, numbers, **figures)
+        (folder / "README.md").write_text(card + "\n", encoding="utf-8")
+        (folder / "report.html").write_text(page + "\n", encoding="utf-8")
         if config.keep_checkpoints:
             for place in out.glob("checkpoint-*/"):
                 shutil.copytree(place, folder / place.name)
-    return Run(out, numbers, info, text, (*splits.notices, *ready.features.warnings), learnt.interrupted)
+    return Run(out, numbers, info, (*splits.notices, *ready.features.warnings))
+
+
+def head_settings(config: TrainConfig) -> TrainConfig:
+    """The settings of the head stage: those for epochs and steps are fine-tuning's where there is any."""
+    if config.thaw == "0":
+        return config
+    head: HeadKind = "native" if config.head == "native" or config.thaw != "auto" else "auto"
+    return replace(config, head=head, epochs=None, lr=None, batch_size=None, weight_decay=None)
+
+
+def head_task(ready: Prepared, config: TrainConfig) -> Task:
+    """What a head is trained for."""
+    train, validation, *_ = ready.splits
+    seen, held, _ = ready.featured
+    return Task(ready.encoder, seen, held, train.labels, validation.labels, train.names, config)
+
+
+def fine_tuning(ready: Prepared, config: TrainConfig, probe: TrainedHead | None = None) -> FineTuning:
+    """The task of fine-tuning, which starts from the architecture's own head trained on stored features."""
+    if probe is None or probe.spec is not None:
+        plain = replace(head_settings(config), head="native", trials=None, recipe="headstart")
+        probe = train_head(head_task(ready, plain))
+    if probe.history.interrupted:
+        raise KeyboardInterrupt
+    train, validation, *_ = ready.splits
+    start = probe.whole(train.names)
+    return FineTuning(
+        ready.encoder, ready.tokens, ready.index, train.labels, validation.labels, train.names, config, start
+    )
 
 
 def learn(ready: Prepared, config: TrainConfig, out: Path, announce: Announce) -> Learnt:
     """Train the head, on all folds where asked for, and fine-tune; keep what is better on validation data."""
-    task = ready.task(head_settings(config))
-    chosen = train_head(task)
-    if chosen.history.interrupted and config.resume and is_unfinished(out):
+    task = head_task(ready, head_settings(config))
+    chosen = head = train_head(task)
+    interrupted = chosen.history.interrupted
+    if interrupted and config.resume and is_unfinished(out):
         raise StoppedEarlyError(LEFT.format(out))
-    head, cross, fine, interrupted = chosen, None, None, chosen.history.interrupted
-    plan: Json = {}
+    stages, fine, cross = {"head": chosen.history}, None, None
+    plan, curve = Json(), list[Json]()
     if config.folds is not None and not interrupted:
-        head, cross = train_on_all(task, chosen, ready.splits, ready.features)
+        head, cross = train_on_all(task, chosen, ready)
     if config.thaw != "0" and not interrupted:
         fine, plan = thaw_after(ready, chosen, config, out, announce)
-        interrupted = fine.history.interrupted if fine is not None else "interrupted" in plan
-    curve: list[Json] = []
+        interrupted = "interrupted" in plan
+    if fine is not None:
+        stages[f"thaw-{fine.depth}"], interrupted = fine.history, fine.history.interrupted
     if config.recipe != "article" and not interrupted:
         with contextlib.suppress(KeyboardInterrupt):  # all that matters has been learnt
             curve = learning_curve(task, chosen)
-    stages = {"head": chosen.history} | ({f"thaw-{fine.depth}": fine.history} if fine is not None else {})
     if fine is not None and plan["kept"] != "0":
         held, tested = fine.validation_logits, fine.test_logits
         return Learnt(fine, fine.model, held, tested, stages, plan, cross, interrupted, curve)
     # A head trained on all but test is validated by the one that has not seen the validation part.
-    held, tested = chosen.logits(ready.features.take(ready.index[1])), head.logits(ready.features.take(ready.index[2]))
+    held, tested = chosen.logits(ready.featured[1]), head.logits(ready.featured[2])
     return Learnt(head, head.head, held, tested, stages, plan, cross, interrupted, curve)
 
 
 def record(ready: Prepared, config: TrainConfig, learnt: Learnt, out: Path) -> Json:
-    """The content of headstart.json, but for the timing."""
-    splits, names = ready.splits, ready.splits.train.names
+    """The content of headstart.json, but for the calibration and the timing."""
+    splits, train, model = ready.splits, ready.splits.train, learnt.model
     info: Json = {"headstart": importlib.metadata.version("headstart"), "out": str(out)}
     info |= {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "settings": asdict(config)}
-    info |= {"names": list(names), "labels": list(ready.raw_labels)}
-    info |= {"columns": list(splits.train.columns), "data": data_fingerprint(splits)}
-    info |= {"split": dict(zip(PARTS, map(len, splits[:3]), strict=True)), "notices": list(splits.notices)}
+    info |= {"names": list(train.names), "labels": list(ready.raw_labels), "columns": list(train.columns)}
+    info |= {"data": data_fingerprint(splits), "split": dict(zip(PARTS, map(len, splits[:3]), strict=True))}
+    info |= {"notices": list(splits.notices)}
     info |= {"max_length": ready.max_length, "max_length_reason": ready.max_length_reason}
     info |= {"placement": ready.encoder.placement.reason, "encoder_fingerprint": ready.encoder.fingerprint}
-    history = learnt.model.history
-    info |= {"head": learnt.model.description(), "history": [asdict(epoch) for epoch in history.epochs]}
+    info |= {"head": model.description(), "history": [asdict(epoch) for epoch in model.history.epochs]}
     info |= {"thaw": {"kept": "0", **learnt.plan}, "interrupted": learnt.interrupted}
     return {**info, "seed": config.seed, "versions": versions()}
 
@@ -246,11 +188,8 @@ def coloured(folder: Path, mistakes: Sequence[Json], placement: Placement) -> li
     if not mistakes:
         return []
     classifier = load_run(folder, replace(placement, precision="fp32"))
-
-    def with_words(mistake: Json) -> Json:
-        return {**mistake, "words": explain(classifier, mistake["text"], "gradients at a few points").words}
-
-    return list(side_by_side(with_words, mistakes))
+    words = side_by_side(lambda one: explain(classifier, one["text"], FEW).words, mistakes)
+    return [{**one, "words": some} for one, some in zip(mistakes, words, strict=True)]
 
 
 def thaw_after(
@@ -267,7 +206,7 @@ def thaw_after(
         hint = "Give the same ones as then, or start anew with --overwrite."
         raise InputError(f"{out}: holds a run with other settings, data or versions that has not ended. {hint}")
     try:
-        task = ready.fine_tuning(config, head)
+        task = fine_tuning(ready, config, head)
         if not plan:
             plan = {"key": key, **choose_depth(task, config, out)}
         announce(f"Thaw      {plan['reason']}")
@@ -300,14 +239,13 @@ def choose_depth(task: FineTuning, config: TrainConfig, out: Path) -> Json:
     """How deep to thaw and why, and with `auto` what each depth was predicted to cost."""
     if config.thaw != "auto":
         return {"depth": config.thaw, "reason": f"{layers_text(depth_of(config.thaw))}, as asked"}
-    costs = predicted_costs(task, out)
-    listed = [cost._asdict() for cost in costs]
+    costs, within = predicted_costs(task, out), f"{config.time_budget:,.0f} s"
     best = deepest_within(costs, config.time_budget)
-    why = f"nothing: no depth fits {config.time_budget:,.0f} s and the memory and disk that are free"
+    depth, why = "0", f"nothing: no depth fits {within} and the memory and disk that are free"
     if best is not None:
-        why = f"the deepest that fits {config.time_budget:,.0f} s ({best.seconds:,.0f} s predicted)"
-        why = f"{layers_text(best.depth)}, {why}"
-    return {"depth": str(best.depth) if best is not None else "0", "reason": why, "costs": listed}
+        depth = str(best.depth)
+        why = f"{layers_text(best.depth)}, the deepest that fits {within} ({best.seconds:,.0f} s predicted)"
+    return {"depth": depth, "reason": why, "costs": [cost._asdict() for cost in costs]}
 
 
 def depth_of(thaw: str) -> Depth:
@@ -331,8 +269,8 @@ def run_key(ready: Prepared, config: TrainConfig) -> str:
 
 def costs(config: TrainConfig) -> str:
     """Train the head, and say what each depth of fine-tuning would cost; nothing is written but the feature store."""
-    ready = prepare(config, dict.fromkeys(("read", "tokenize", "encode"), 0.0))
-    return report.costs_text(predicted_costs(ready.fine_tuning(config), out_folder(config)), config.time_budget)
+    found = predicted_costs(fine_tuning(prepare(config), config), out_folder(config))
+    return report.filled("costs.txt", {"costs": found, "budget": config.time_budget})
 
 
 def is_finished(out: Path) -> bool:
@@ -345,53 +283,12 @@ def out_folder(config: TrainConfig) -> Path:
     return Path(config.out) if config.out is not None else Path("runs") / default_name(config.data)
 
 
-def default_name(source: str) -> str:
-    """A run's name from the name of its data: `reviews.csv.gz` gives `reviews`."""
-    return tables.ENDING.sub("", Path(source).name) or "run"
-
-
-def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
-    """The three parts, with the names to show, and the labels as the table has them; all problems are told at once."""
-    problems: list[str] = []
-    whole = data.load(config.data, config.text, config.label)
-    shown = config.label_names or whole.names
-    given: dict[str, Dataset | None] = {"validation": None, "test": None}
-    for name in given:
-        if source := getattr(config, name):
-            try:
-                table = data.load(source, config.text, config.label, known=[whole.names], least_rows=1)
-                given[name] = replace(table, names=shown)
-            except DataError as error:
-                problems.extend(error.problems)
-    if len(shown) != len(whole.names):
-        labels = f"{len(whole.names)} labels: {', '.join(whole.names[:12])}"
-        problems.append(f"--label-names gives {len(shown)} names, and there are {labels}.")
-    elif len(set(shown)) != len(shown):
-        problems.append("--label-names gives the same name twice.")
-    if problems:
-        raise DataError(problems)
-    duplicates: data.Duplicates = "as they fall" if config.recipe == "article" else "together"
-    splits = data.split(replace(whole, names=shown), **given, seed=config.seed, duplicates=duplicates)
-    return splits, whole.names
-
-
-def choose_length(config: TrainConfig, advice: LengthAdvice, encoder: Encoder) -> tuple[int, str]:
-    """The max_length to use and why; an `InputError` if the one asked for is over what the model takes."""
-    if config.max_length is None:
-        return advice.advised, advice.reason
-    if config.max_length > encoder.max_length:
-        most = f"{config.model} takes at most {encoder.max_length} tokens"
-        raise InputError(f"--max-length {config.max_length}: {most}. The texts suggest {advice.advised}.")
-    cut = float((advice.lengths > config.max_length).mean())
-    source = "the article's" if config.recipe == "article" else "as asked"
-    return config.max_length, f"{source}; {cut:.1%} of the training texts are cut (advised: {advice.advised})"
-
-
-def train_on_all(task: Task, chosen: TrainedHead, splits: Splits, features: Features) -> tuple[TrainedHead, Json]:
+def train_on_all(task: Task, chosen: TrainedHead, ready: Prepared) -> tuple[TrainedHead, Json]:
     """Cross-validate a head like `chosen` on all but test and train it there; an `InputError` if a class is small."""
-    texts = splits.train.texts + splits.validation.texts
-    labels = np.concatenate([splits.train.labels, splits.validation.labels])
-    everything = replace(task, train=features.take(np.arange(len(texts))), train_labels=labels)
+    parts = ready.splits[:2]
+    texts = [text for part in parts for text in part.texts]
+    labels = np.concatenate([part.labels for part in parts])
+    everything = replace(task, train=ready.features.take(np.concatenate(ready.index[:2])), train_labels=labels)
     _, groups = np.unique([data.text_key(text) for text in texts], return_inverse=True)
     logits, fold_of = in_folds(everything, chosen, groups)
     right = logits.argmax(dim=1).numpy() == labels
@@ -406,61 +303,7 @@ def stage_record(name: str, history: History) -> Json:
     return {"name": name, "epochs": len(history.epochs), "validation_accuracy": accuracy, "seconds": seconds}
 
 
-def data_fingerprint(splits: Splits) -> dict[str, str]:
-    """A sha256 of each part's texts and labels, in order."""
-    parts = {name: [part.texts, part.labels.tolist()] for name, part in zip(PARTS, splits[:3], strict=True)}
-    contents = {name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}
-    return {name: hashlib.sha256(one.encode("utf-8", "surrogatepass")).hexdigest() for name, one in contents.items()}
-
-
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
     names = ("torch", "transformers", "tokenizers", "polars", "scikit-learn", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A run's numbers on another table: see `headstart.metrics.evaluate`."""
-
-    numbers: Json
-    report: str
-    notices: tuple[str, ...]
-
-
-def evaluate(predictor: Predictor, source: str, text: str | None = None, label: str | None = None) -> Evaluation:
-    """Test a classifier on a table labelled all as in training, or all as the run shows labels; else a `DataError`."""
-    info, names = predictor.classifier.info, predictor.names
-    columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
-    usual = (name if name in columns else None for name in info.get("columns", (None, None)))
-    text, label = (given or trained for given, trained in zip((text, label), usual, strict=True))
-    table = data.load(source, text, label, known=(info.get("labels", names), names), least_rows=1)
-    scores = predictor.score(table.texts, progress="scoring")
-    notices = list(table.notices)
-    if cut := int(scores.cut.sum()):
-        notices.append(f"{cut:,} of {len(table):,} texts were cut to {predictor.classifier.max_length} tokens.")
-    numbers = metrics.evaluate(scores.probabilities, table.labels, names)
-    return Evaluation(numbers, metrics.report_text(scores.probabilities, table.labels, names), tuple(notices))
-
-
-def neighbours(folder: Path, text: str) -> list[Neighbour]:
-    """The training texts of a run that are most like a text; an `InputError` if its table is gone or has changed."""
-    info = read_json(folder, "headstart.json")
-    config = settings(info["settings"]["data"], **from_file(str(folder / "headstart.json")))
-    ready = prepare(config, dict.fromkeys(("read", "tokenize", "encode"), 0.0))
-    if data_fingerprint(ready.splits) != info["data"]:
-        raise InputError(f"{config.data}: has changed since {folder} was trained.")
-    encoder, train = ready.encoder, ready.splits.train
-    tokens = encoder.tokenizer.truncate(encoder.tokenizer([text]), ready.max_length)
-    ((_, vectors),) = encode(encoder, tokens, ready.features.layout)
-    wanted = replace(ready.features, distinct=vectors, rows=np.zeros(1, np.int64))
-    return nearest(ready.features.take(ready.index[0]), train.texts, [train.names[i] for i in train.labels], wanted)
-
-
-def lengths(source: str, model: str, text: str | None = None) -> LengthAdvice:
-    """Token lengths of a table's texts and the max_length they suggest; a `DataError` or `ModelError` if not found."""
-    texts = data.load_texts(source, text)
-    folder = locate(model)
-    shape = load_config(folder)
-    tokens = load_tokenizer(folder)[1](texts, progress="tokenizing")
-    return advise_length(tokens.lengths, limit=length_limit(shape), hidden=int(shape.hidden_size))

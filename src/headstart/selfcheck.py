@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from headstart.config import TrainConfig
 from headstart.errors import HeadstartError, count_of
-from headstart.run import read
+from headstart.prepare import read
 
 TEXTS, OFTEN = 40, "1e-9"  # of each label, for a few steps; minutes between checkpoints, so that each step has one
 
