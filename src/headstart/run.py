@@ -93,10 +93,9 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     numbers |= {"learning_curve": learnt.learning_curve, "features": ready.features.cost()}
     numbers |= {"folds": learnt.folds} if learnt.folds is not None else {}
     info = record(ready, config, learnt, out) | {"calibration": numbers["calibration"]}
-    figures["curves"] = {name: [asdict(epoch) for epoch in one.epochs] for name, one in learnt.stages.items()}
-    figures["lengths"] = report.length_bins(ready.advice.lengths)
     counts = np.bincount(splits.train.labels, minlength=len(names)).tolist()
-    figures["balance"] = [{"name": name, "texts": count} for name, count in zip(names, counts, strict=True)]
+    figures |= {"histories": learnt.stages, "balance": dict(zip(names, counts, strict=True))}
+    figures["lengths"] = report.length_bins(ready.advice.lengths)
     with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
         save_model(folder, learnt.model.whole(names), ready.encoder, ready.max_length)
         report.write_predictions(folder / "predictions.csv", splits.test, probabilities)
