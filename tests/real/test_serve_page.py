@@ -366,7 +366,7 @@ def test_long_texts_go_in_requests_that_the_server_takes(browser: Any, served: s
     rows = [(f"{number} " + "the film was great " * size,) for number, size in enumerate([5_000] * 40 + [30_000] * 3)]
     visit(browser, served)
     choose_file(browser, write_csv(tmp_path / "long.csv", rows, "text"))
-    until(browser, "document.querySelector('#table .running').hidden")
+    until(browser, "!/^(Reading|Scoring)/.test(document.querySelector('#table .status').textContent)", seconds=60)
     assert told(browser, "#table .status").startswith("43 rows scored: ")
     check_quiet(browser, served)
 
