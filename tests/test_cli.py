@@ -109,7 +109,9 @@ NO_HF_NAME = {
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
     *("--trials", "--folds", "--time-budget", "--dry-run", "--no-store", "--checkpoint-minutes", "--keep-checkpoints"),
     *("--config", "--selfcheck-resume", "--calibration"),
-    *("--input", "--output", "--png", "--min-confidence", "--json", "--html"),
+    *("--input", "--output", "--png", "--min-confidence", "--json", "--html", "--int8", "--force", "--host", "--port"),
+    *("--api-key-env", "--max-body-bytes", "--max-batch", "--max-waiting", "--max-connections", "--timeout"),
+    "--read-timeout",
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
 

@@ -97,9 +97,13 @@ def filled(template: str, fields: Mapping[str, Any]) -> str:
 def told(template: str, run: Mapping[str, Any], metrics: Mapping[str, Any], **figures: Any) -> str:
     """A template that tells of a run: from headstart.json, metrics.json and what only report.html shows."""
     fields = {**run, "folds": None, **metrics, **figures}
-    # Rendered apart, so that each line is escaped as any other value where it goes into a page.
-    limits, steps = (list(filter(None, filled(part, fields).split("\n"))) for part in ("limits.txt", "steps.txt"))
-    return filled(template, {**fields, "limits": limits, "steps": zip(steps[::2], steps[1::2], strict=True)})
+    steps = lines_of("steps.txt", fields)
+    return filled(template, {**fields, "steps": zip(steps[::2], steps[1::2], strict=True)})
+
+
+def lines_of(template: str, fields: Mapping[str, Any]) -> list[str]:
+    """A template's lines, each a value that is escaped as any other where it goes into a page."""
+    return list(filter(None, filled(template, fields).split("\n")))
 
 
 def audit_text(found: Audit, source: str, out: Path) -> str:

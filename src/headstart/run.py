@@ -102,6 +102,7 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
         figures["mistakes"] = coloured(folder, figures["mistakes"], ready.encoder.placement)
         total = {**seconds, "total": time.time() - started}
         numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
+        info["limits"] = report.lines_of("limits.txt", numbers)
         report.write_json(folder / "metrics.json", numbers)
         report.write_json(folder / "headstart.json", info)
         card, page = report.told("card.md", info, numbers), report.told("report.html", info, numbers, **figures)

@@ -188,5 +188,6 @@ def test_without_a_key_it_warns_when_others_can_reach_it(serve: Serve) -> None:
 
 def test_each_line_of_the_log_is_json(served: Served) -> None:
     httpx.get(served.url + "/health")
-    lines = served.log.read_text().splitlines()
-    assert json.loads(lines[-1])["path"] == "/health"
+    first, *lines = served.log.read_text().splitlines()
+    assert first.startswith("Serving ")
+    assert [json.loads(line) for line in lines][-1]["path"] == "/health"

@@ -45,6 +45,7 @@ def serve(run: str, config: ServeConfig, device: Device, precision: Precision, a
         announce(f"Warning   {host} can be reached by others, and no key is asked for: see --api-key-env.")
     LOG.setLevel(logging.INFO)
     LOG.addHandler(logging.StreamHandler())
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else whoever sends nonsense fills the log
     protocol: Any = functools.partial(PatientProtocol, config)
     plain: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "server_header": False}
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
