@@ -6,7 +6,9 @@ to its deadline, is dropped when its turn comes. A batch that fails is halved un
 
 import asyncio
 import contextlib
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +27,7 @@ Score = Callable[[Sequence[Ids]], Logits]
 
 STALLED = 60.0  # seconds for one batch after which the engine counts as dead
 GLANCE = 0.1  # seconds between two looks at the engine
+NICENESS = 5
 
 
 class OverloadedError(HeadstartError):
@@ -49,7 +52,9 @@ class Engine(threading.Thread):
         self.begun: float | None = None  # when it took up the batch it is at
 
     def run(self) -> None:
-        """Score what comes until None does."""
+        """Score what comes until None does; on Linux with less claim to the cores than what answers and refuses has."""
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # threads that it starts inherit it
         while (job := self.batches.get()) is not None:
             batch, answer = job
             self.begun = time.monotonic()
