@@ -31,6 +31,19 @@ SMALL_ROWS = tuple(
 """80 distinct texts, 40 of each label; one word decides the label."""
 
 
+LIGHT = """
+import sys
+from headstart.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    heavy = ("torch", "transformers", "sklearn", "scipy", "safetensors", "huggingface_hub")
+    loaded = [name for name in heavy if name in sys.modules]
+    print("loaded:", *loaded, file=sys.stderr)
+"""
+"""Runs the command line, and says in the end what it loaded of what a scored text has no need of."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fixtures that outlive a test write to a cache of the session, never to the person's own."""

@@ -20,7 +20,7 @@ from headstart import export as export_module
 from headstart import predict
 from headstart.errors import DataError, ExportError, RunError
 from headstart.export import export
-from tests.conftest import FAMILIES, NOUNS, SMALL_ROWS, WORDS, write_csv
+from tests.conftest import FAMILIES, LIGHT, NOUNS, SMALL_ROWS, WORDS, write_csv
 
 TEXTS = ["the film was superb", "zebra", "", "the waiter was rude at the end of this story " * 3, "un hotel lovely"]
 """One is longer than max_length, and lengths differ, so that padding is seen."""
@@ -130,22 +130,11 @@ def test_without_labelled_texts_there_is_no_gate(tiny_run: Path, tmp_path: Path)
     with pytest.raises(DataError, match="not one of those trained on"):
         export(run, "fp32", "refuses", str(write_csv(tmp_path / "strange.csv", [("a", "x")])))
     assert not (run / "onnx").exists()
+    with pytest.raises(RunError, match="no such run folder"):
+        export(tmp_path / "nowhere", "fp32", "refuses")
 
 
 # --- scoring it
-
-
-LIGHT = """
-import sys
-from headstart.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    heavy = ("torch", "transformers", "sklearn", "scipy", "safetensors", "huggingface_hub")
-    loaded = [name for name in heavy if name in sys.modules]
-    print("loaded:", *loaded, file=sys.stderr)
-"""
-"""Runs the command line, and says in the end what it loaded of what a scored text has no need of."""
 
 
 @pytest.mark.parametrize("many", [False, True])

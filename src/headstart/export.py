@@ -61,8 +61,8 @@ def export(run: Path, precision: Precision, gate: Gate, test: str | None = None)
     An `ExportError` has the numbers of one that the gate `refuses`; what was there before then stays. An `InputError`
     if onnx is not installed, a `RunError` or `DataError` if the run, or labelled texts to test on, cannot be read.
     """
-    texts, truth = labelled_texts(run, test)
     exact = load_run(run, choose_placement("cpu", "fp32"))
+    texts, truth = labelled_texts(run, test)
     with new_folder(run / FOLDER, overwrite=True) as folder:
         path = folder / NAMES[precision]
         write_onnx(run, path, precision, exact)

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import pytest
 
-from tests.serve.conftest import Serve, Served
+from tests.conftest import LIGHT
+from tests.serve.conftest import Serve, Served, serving
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 15\r\n"
 BODY = b'{"inputs": "a"}'
@@ -152,6 +153,18 @@ def test_ctrl_c_ends_with_130(serve: Serve) -> None:
         served.process.send_signal(signal.SIGINT)
         assert served.process.wait(20) == 130
         assert "the server has stopped" in served.log.read_text()
+
+
+def test_an_exported_run_is_served_without_torch_or_transformers(exported_run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    with serving(exported_run, log, start=("-c", LIGHT)) as served:
+        for path in ("/predict", "/"):
+            assert httpx.post(served.url + path, json={"inputs": "the film was superb"}).status_code == 200
+        for path in ("/info", "/metrics", "/docs", "/health"):
+            assert httpx.get(served.url + path).status_code == 200
+        served.process.send_signal(signal.SIGINT)
+        served.process.wait(20)
+    assert log.read_text().splitlines()[-1] == "loaded:"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
