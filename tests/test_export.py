@@ -159,6 +159,14 @@ def test_a_run_that_is_not_exported_needs_torch(tiny_run: Path) -> None:
     assert "loaded: torch" in done.stderr, "or else the test above sees nothing"
 
 
+def test_where_torch_is_not_installed_it_says_so(tiny_run: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from headstart.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "predict", str(tiny_run), "a"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "headstart: this needs torch, which is not installed here. pip install headstart brings it.\n"
+
+
 def test_a_damaged_export_is_said_to_be(exported_run: Path, tmp_path: Path) -> None:
     shutil.copytree(exported_run, tmp_path / "run")
     model = tmp_path / "run" / "onnx" / "model.onnx"

@@ -1,6 +1,8 @@
 """Loading what an export left: which file is used, and what is said when something is amiss."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,3 +31,17 @@ def test_without_onnxruntime_it_says_what_to_install(tiny_run: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match=r"pip install 'headstart\[onnx\]'"):
         onnx.load_onnx(tiny_run, tiny_run / "onnx" / "model.onnx")
+
+
+TELEMETRY = """
+import os, sys
+from headstart import predict
+predict.load(sys.argv[1])
+print(os.environ["ORT_DISABLE_TELEMETRY"], "onnxruntime" in sys.modules)
+"""
+
+
+def test_onnxruntime_reports_to_nobody(exported_run: Path) -> None:
+    bare = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    command = [sys.executable, "-c", TELEMETRY, str(exported_run)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=bare).stdout.split() == ["1", "True"]

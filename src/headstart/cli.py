@@ -355,6 +355,9 @@ def main(arguments: list[str] | None = None) -> None:
         note(*(f"headstart: {line}" for line in str(error).splitlines()))
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("headstart"):
+            note(f"headstart: this needs {error.name}, which is not installed here. pip install headstart brings it.")
+            sys.exit(InputError.exit_code)
         if disk_errno(error) in FULL:  # of stdout, say; files that headstart writes have their own sentence
             note("headstart: the disk is full. Free some space and run it again.")
             sys.exit(InputError.exit_code)

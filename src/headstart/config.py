@@ -121,6 +121,11 @@ class ServeConfig:
         if not 0 <= self.port < 65536:
             raise InputError(f"--port takes a number from 0 to 65535, and {self.port} was given.")
 
+    @property
+    def most_texts(self) -> int:
+        """Texts a request, for all of which there has to be a place."""
+        return min(self.max_batch, self.max_waiting)
+
 
 RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults above
     "headstart": {},

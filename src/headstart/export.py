@@ -22,7 +22,7 @@ from headstart.encoder import choose_placement
 from headstart.errors import ExportError, InputError, RunError
 from headstart.folders import new_folder
 from headstart.model import load_library, load_run
-from headstart.onnx import FOLDER, RECORD, load_onnx
+from headstart.onnx import FOLDER, RECORD, load_onnx, load_runtime
 from headstart.predict import Predictor
 from headstart.runs import Classifier, read_about
 from headstart.tables import from_spreadsheets
@@ -111,6 +111,7 @@ def write_onnx(run: Path, path: Path, precision: Precision, about: Classifier) -
 
     Heads stay fp32: they are small, and what they say is what counts. Batch and length are left open.
     """
+    load_runtime()
     try:
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic

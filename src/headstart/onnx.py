@@ -1,5 +1,6 @@
 """Scoring by onnxruntime with what `headstart export` made of a run folder: no torch, no transformers."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,19 @@ def load_exported(run: str | Path) -> OnnxClassifier:
     return load_onnx(run, place / str(read_json(place, RECORD)["file"]))
 
 
-def load_onnx(run: str | Path, model: Path) -> OnnxClassifier:
-    """An ONNX model, of token ids and a mask to logits, as a run folder's classifier."""
+def load_runtime() -> Any:
+    """The onnxruntime package, kept from reporting to its makers, as it does since 1.29; an `InputError` without it."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError(f"{run}: was exported, and that needs: pip install 'headstart[onnx]'") from error
+        raise InputError("An exported run needs onnxruntime. Install it with: pip install 'headstart[onnx]'") from error
+    return onnxruntime
+
+
+def load_onnx(run: str | Path, model: Path) -> OnnxClassifier:
+    """An ONNX model, of token ids and a mask to logits, as a run folder's classifier."""
+    onnxruntime = load_runtime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # batches are computed side by side instead
     options.log_severity_level = 3

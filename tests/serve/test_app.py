@@ -421,6 +421,7 @@ def test_concurrent_mixed_requests_with_cancellations_get_their_own_answers(tiny
 def test_every_limit_must_make_sense() -> None:
     from headstart.errors import InputError
 
+    assert ServeConfig(max_waiting=8).most_texts == 8, "more would never find places"
     for wrong in ({"max_batch": 0}, {"timeout": -1.0}, {"port": 70_000}, {"min_confidence": 1.5}):
         with pytest.raises(InputError):
             ServeConfig(**wrong)

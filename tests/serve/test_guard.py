@@ -102,6 +102,29 @@ def test_the_key_is_asked_for_everywhere_but_at_the_page(method: str, path: str,
     assert pass_through(one, method=method, path=path, authorization="Bearer Secret")[0] == (200 if opened else 401)
 
 
+def test_a_fault_of_ours_is_answered_counted_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    one, answers = door(), list[Message]()
+
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError("a text")
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    with caplog.at_level(logging.INFO, "headstart.serve"):
+        asyncio.run(Guard(fails, one)(scope, receive, send))
+    assert answers[0]["status"] == 500
+    assert json.loads(answers[1]["body"])["error_type"] == "Internal"
+    assert one.registry.get_sample_value("headstart_requests_total", {"path": "/predict", "status": "500"}) == 1
+    assert '"fault": "ValueError"' in caplog.text
+    assert "test_guard.py" in caplog.text
+    assert "a text" not in caplog.text
+
+
 def test_what_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     one = door()
     with caplog.at_level(logging.INFO, "headstart.serve"):

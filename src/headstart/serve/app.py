@@ -73,9 +73,9 @@ class Service:
     async def logits(self, request: Request, texts: Sequence[str], *, truncate: bool) -> Logits:
         """(n, labels) logits of a request's texts; a `RefusedError` where it gets none."""
         check_readable(texts)
-        if len(texts) > self.config.max_batch:
+        if len(texts) > self.config.most_texts:
             raise RefusedError(
-                413, "Too large", f"{len(texts):,} texts are more than {self.config.max_batch} a request."
+                413, "Too large", f"{len(texts):,} texts are more than {self.config.most_texts} a request."
             )
         with self.batcher.places(len(texts)):
             return await self.unless_left(request, self.tokenized(texts, truncate=truncate))
@@ -175,7 +175,7 @@ class Service:
                 "model_type": {"classifier": {"id2label": dict(enumerate(names))}},
                 "labels": list(names),
                 "max_input_length": self.classifier.max_length,
-                "max_client_batch_size": config.max_batch,
+                "max_client_batch_size": config.most_texts,
                 "max_concurrent_requests": config.max_waiting,
                 "auto_truncate": True,
                 "calibrated": info.get("calibration", {}).get("method", "none") != "none",
@@ -267,4 +267,4 @@ async def on_refused(_: Request, error: HeadstartError) -> Response:
     if isinstance(error, RefusedError):
         return failure(error.status, error.kind, str(error))
     kinds = {OverloadedError: (429, "Overloaded"), EngineDownError: (503, "Unhealthy"), PoisonError: (422, "Backend")}
-    return failure(*kinds[type(error)], str(error))
+    return failure(*kinds.get(type(error), (503, "Unhealthy")), str(error))

@@ -4,6 +4,7 @@ import hmac
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class Door:
         more: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("headstart_requests", "Requests answered.", names[0], **more)
         self.seconds = Histogram("headstart_request_seconds", "Seconds from request to answer.", names[1], **more)
-        self.rejected = Counter("headstart_rejected", "Requests refused since too many texts waited.", **more)
+        self.rejected = Counter("headstart_rejected", "Requests refused with 429.", **more)
 
     def opens(self, authorization: bytes) -> bool:
         """Whether the key, if there is one, came with a request."""
@@ -72,6 +73,12 @@ class Guard:
 
         try:
             await (self.refusal(scope) or self.with_body)(scope, receive, sent)
+        except Exception as error:  # a fault of ours; its message may hold a text
+            if status != 499:
+                raise  # the answer had begun
+            where = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)]
+            LOG.error(json.dumps({"fault": type(error).__name__, "where": where}))
+            await failure(500, "Internal", "This is a fault of the server's.")(scope, receive, sent)
         finally:
             path, seconds = scope["path"] if scope["path"] in KNOWN else "other", time.perf_counter() - begun
             self.door.requests.labels(path, status).inc()
