@@ -78,11 +78,12 @@ def explain(classifier: TorchClassifier, text: str, points: int = POINTS) -> Exp
     shares = integrated_gradients(lambda path: log_odds(logits_of(path)), start, states, points)
     scores = shares[0].sum(dim=-1).tolist()
     change = float(-log_odds(logits).diff())
-    words = []
+    words, offsets = [], encoding.offsets[:read]
+    unread = max(high for _, high in offsets)  # words from here on need not be looked for
     for found in WORDS.finditer(text):
-        own = [i for i, (low, high) in enumerate(encoding.offsets) if low < found.end() and high > found.start()]
-        score = sum(scores[i] for i in own if i < read) if any(i < read for i in own) else None
-        words.append(Word(found[0], *found.span(), score))
+        places = enumerate(offsets if found.start() < unread else ())
+        own = [scores[i] for i, (low, high) in places if low < found.end() and high > found.start()]
+        words.append(Word(found[0], *found.span(), sum(own) if own else None))
     confidence = float(probabilities_of(logits[:1].cpu()).max())
     return Explanation(text, classifier.names[best], confidence, tuple(words), abs(change - sum(scores)))
 

@@ -136,7 +136,8 @@ def test_sigterm_answers_what_was_accepted_then_ends(serve: Serve) -> None:
         clients = [threading.Thread(target=ask) for _ in range(8)]
         for client in clients:
             client.start()
-        while "headstart_queue_texts 0.0" in httpx.get(served.url + "/metrics").text:
+        limit = time.monotonic() + 5  # they may all be answered before the first look
+        while "headstart_queue_texts 0.0" in httpx.get(served.url + "/metrics").text and time.monotonic() < limit:
             time.sleep(0.002)
         code = served.stop()
         for client in clients:
