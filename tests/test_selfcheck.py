@@ -1,6 +1,8 @@
 """The proof of exact resuming: that it holds here, and that it would say so if it did not."""
 
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,33 +25,37 @@ def test_it_proves_that_resuming_is_exact(
     said: list[str] = []
     given: dict[str, Any] = {"model": str(tiny_bert), "thaw": thaw, "device": "cpu", "label_names": ("bad", "good")}
     before = sorted(small_table.parent.iterdir())
-    weights, last = check_resume(config.settings(str(small_table), **given), said.append).splitlines()
+    weights, losses, last = check_resume(config.settings(str(small_table), **given), said.append).splitlines()
     assert said[:2] == ["Training undisturbed.", "Training again, to be killed after its second checkpoint."]
     assert said[2].startswith("Killed by SIGKILL; resuming")
     assert weights.startswith("Weights   ")
     assert weights.endswith(" bytes, equal to the last bit")
     assert int(weights.split()[1].replace(",", "")) > 50_000
+    assert re.fullmatch(r"Losses    equal, too; in training: \d\.\d{6}, \d\.\d{6}", losses)
     assert last == "Resuming is exact on this machine."
     assert sorted(small_table.parent.iterdir()) == before, "nothing is left behind"
 
 
-@pytest.mark.parametrize("flipped", [0, 1])
-def test_one_bit_of_difference_is_told(flipped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is trained on and how is asked for as a command; here it only leaves weights."""
+@pytest.mark.parametrize("differ", ["", "weights", "losses"])
+def test_one_bit_of_difference_is_told(differ: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained on and how is asked for as a command; here it only leaves weights and losses."""
     commands: list[Sequence[str]] = []
 
     def leave_weights(command: Sequence[str], out: Path | None = None) -> None:
         commands.append(command)
         place = Path(command[command.index("--out") + 1])
         place.mkdir(exist_ok=True)
-        (place / "model.safetensors").write_bytes(bytes(9) + bytes([flipped if "--resume" in command else 0]))
+        other = differ if "--resume" in command else ""
+        (place / "model.safetensors").write_bytes(bytes(9) + bytes([other == "weights"]))
+        epoch = {"train_loss": 0.5, "validation_loss": 0.25 + 1e-15 * (other == "losses"), "seconds": len(commands)}
+        (place / "headstart.json").write_text(json.dumps({"history": [epoch]}))
 
     monkeypatch.setattr(selfcheck, "finish", leave_weights)
     monkeypatch.setattr(selfcheck, "kill", leave_weights)
     rows = [(f"{text} {i}", label) for i in range(5) for text, label in SMALL_ROWS]
     chosen = config.settings(str(write_csv(tmp_path / "many.csv", rows)), thaw="1", seed=7, store=False)
-    if flipped:
-        with pytest.raises(HeadstartError, match="ended with other weights than one left alone"):
+    if differ:
+        with pytest.raises(HeadstartError, match=rf"ended with other {differ}.* than one left alone"):
             check_resume(chosen, lambda _: None)
     else:
         assert "10 bytes, equal to the last bit" in check_resume(chosen, lambda _: None)

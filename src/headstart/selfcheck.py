@@ -1,8 +1,9 @@
 """Proof on the person's own machine and data that a killed run, resumed, ends as one that was left alone.
 
-This room runs the command line as others would, and compares the weights it leaves.
+This room runs the command line as others would, and compares the weights and losses it leaves.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,8 @@ TEXTS = 40  # of each label, for a few steps
 def check_resume(config: TrainConfig, announce: Callable[[str], None]) -> str:
     """Fine-tune a little, kill it by SIGKILL after a checkpoint, resume, compare: says what was found equal.
 
-    Of the settings it takes the encoder, the depth, the seed and where to compute. A `HeadstartError` says that the
-    weights differ, or what a run said that failed.
+    Of the settings it takes the encoder, the depth, the seed and where to compute. A `HeadstartError` says that
+    weights or losses differ, or what a run said that failed.
     """
     train = read(config)[0].train
     rows = polars.DataFrame({"sentence": train.texts, "label": [train.names[label] for label in train.labels]})
@@ -41,9 +42,19 @@ def check_resume(config: TrainConfig, announce: Callable[[str], None]) -> str:
         announce("Killed by SIGKILL; resuming.")
         finish([*command, str(killed), "--resume"])
         weights, others = ((folder / "model.safetensors").read_bytes() for folder in (whole, killed))
-    if weights != others:
-        raise HeadstartError("--selfcheck-resume: a run that was resumed ended with other weights than one left alone.")
-    return f"Weights   {len(weights):,} bytes, equal to the last bit\nResuming is exact on this machine."
+        losses, resumed = (losses_of(folder) for folder in (whole, killed))
+    if weights != others or losses != resumed:
+        what = "weights" if weights != others else f"losses ({resumed}, not {losses})"
+        raise HeadstartError(f"--selfcheck-resume: a run that was resumed ended with other {what} than one left alone.")
+    told = ", ".join(f"{train:.6f}" for train, _ in losses)
+    equal = f"Weights   {len(weights):,} bytes, equal to the last bit\nLosses    equal, too; in training: {told}"
+    return f"{equal}\nResuming is exact on this machine."
+
+
+def losses_of(run: Path) -> list[list[float]]:
+    """Training and validation loss of each epoch."""
+    history = json.loads((run / "headstart.json").read_text(encoding="utf-8"))["history"]
+    return [[epoch["train_loss"], epoch["validation_loss"]] for epoch in history]
 
 
 def finish(command: Sequence[str]) -> None:
