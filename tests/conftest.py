@@ -189,6 +189,30 @@ def write_csv(path: Path, rows: Iterable[Sequence[str]], *header: str) -> Path:
     return path
 
 
+STAR_WORDS = ("awful", "boring", "not very good", "great", "superb")
+
+
+def kinds_of_rows() -> dict[str, list[tuple[str, str]]]:
+    """Tables with several labels a text, with stars, and with long texts whose end alone tells their label."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    topics = {"food": "soup", "staff": "waiter", "room": "room"}
+    several, stars = [], []
+    for i in range(150):
+        own = [name for name in topics if random.random() < 0.4]
+        words = " and the ".join(topics[name] for name in own) or "story"
+        several.append((f"the {words} {i} was at the end", "|".join(own) or "|"))
+        stars.append((f"the {NOUNS[i % 10]} {i} was {STAR_WORDS[i % 5]}", str(i % 5 + 1)))
+    long = []
+    for i in range(80):
+        filler = " ".join(["the story of the film at the end"] * 12)
+        long.append(
+            (f"{filler} {i} was {(GOOD, BAD)[i % 2][i // 2 % 4]} and {(GOOD, BAD)[i % 2][i // 8 % 4]}", "pn"[i % 2])
+        )
+    return {"multi": several, "ordered": stars, "long": long}
+
+
 @pytest.fixture
 def small_table(tmp_path: Path) -> Path:
     """A CSV of 80 distinct texts with the labels 0 and 1, which a head on a tiny encoder can learn."""

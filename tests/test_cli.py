@@ -111,7 +111,7 @@ NO_HF_NAME = {
     *("--config", "--selfcheck-resume", "--calibration"),
     *("--input", "--output", "--png", "--min-confidence", "--json", "--html", "--int8", "--force", "--host", "--port"),
     *("--api-key-env", "--max-body-bytes", "--max-batch", "--max-waiting", "--max-connections", "--timeout"),
-    "--read-timeout",
+    *("--read-timeout", "--long", "--problem"),
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
 
@@ -119,6 +119,7 @@ SAMPLES = (
     *("a_b", "3", "0.5"),
     *(get_args(kind)[-1] for kind in (config.Recipe, config.HeadKind, config.ClassWeight)),
     *(get_args(kind)[-1] for kind in (config.Device, config.Precision, config.Calibration)),
+    *(get_args(kind)[-1] for kind in (config.Long, config.ProblemChoice)),
 )
 
 

@@ -15,7 +15,7 @@ def test_the_contracts_defaults() -> None:
     config = settings("reviews.csv")
     assert config.data == "reviews.csv"
     assert (config.recipe, config.model, config.seed, config.thaw) == ("headstart", "minilm", 2021, "auto")
-    assert config.class_weight == "balanced"
+    assert config.class_weight == "auto"
     assert (config.max_length, config.epochs) == (None, None), "read off the lengths; of a head and of fine-tuning"
     assert settings("reviews.csv", recipe="article").thaw == "0"
 

@@ -1,6 +1,7 @@
 """Tables of every format, columns, labels, everything that can be wrong with a file, and the splits."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from headstart import data
 from headstart.data import Dataset, label_order, label_texts, load, load_texts, split, text_key
 from headstart.errors import DataError
+from tests.conftest import write_csv
 
 ROWS = [(f"sentence number {i}, with a comma", "pos" if i % 3 else "neg") for i in range(24)]
 
@@ -731,3 +733,90 @@ def test_the_shared_sets_split_as_in_the_notebook(shared_data: Path) -> None:
 def test_the_room_knows_no_model() -> None:
     assert "torch" not in vars(data)
     assert "transformers" not in vars(data)
+
+
+# --- several labels a text, and ordered ones
+
+TOPICS = [
+    *(("the room was awful", "room|dirt"), ("the soup was awful", "food"), ("the waiter was rude", "staff")),
+    *(("nothing to say", "|"), ("the soup in the room", " food | room |"), ("the story", "")),
+    *(("dirt in the soup", "dirt|food"), ("room", "room"), ("rude, and dirt", "staff|dirt"), ("food", "food|food")),
+    *(("the waiter", "staff"), ("the dirt", "dirt")),
+]
+
+
+def sets_of(dataset: Dataset) -> list[set[str]]:
+    return [{dataset.names[i] for i in np.flatnonzero(row)} for row in dataset.labels]
+
+
+def test_cells_with_a_bar_hold_several_labels(tmp_path: Path) -> None:
+    found = load(str(write_csv(tmp_path / "t.csv", TOPICS)))
+    assert found.problem == "multi"
+    assert found.names == ("dirt", "food", "room", "staff")
+    assert found.labels.shape == (11, 4)
+    assert sets_of(found)[:5] == [{"room", "dirt"}, {"food"}, {"staff"}, set(), {"food", "room"}]
+    assert found.counts.tolist() == [4, 4, 3, 3]
+    assert found.written[:5] == ["dirt|room", "food", "staff", "", "food|room"]
+    assert found.take(np.array([3, 0])).written == ["", "dirt|room"]
+    assert any("(row 7)" in one and "empty label" in one for one in found.notices)
+    assert any("--problem single" in one for one in found.notices)
+    some = write_csv(tmp_path / "single.csv", [(f"text {i}", "ab|c"[: i % 2 * 3 + 1]) for i in range(12)])
+    assert load(str(some), problem="single").names == ("a", "ab|c")
+    assert load(str(some)).names == ("a", "ab", "c")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_a_column_of_lists_holds_several_labels(ending: str, tmp_path: Path) -> None:
+    lists = [None if not cell else [one for one in cell.split("|") if one.strip()] for _, cell in TOPICS]
+    frame = pl.DataFrame({"text": [text for text, _ in TOPICS], "labels": lists})
+    path = tmp_path / f"t{ending}"
+    write: Any = {".jsonl": frame.write_ndjson, ".json": frame.write_json, ".parquet": frame.write_parquet}[ending]
+    write(path)
+    found, expected = load(str(path)), load(str(write_csv(tmp_path / "t.csv", TOPICS)))
+    assert (found.names, found.written) == (expected.names, expected.written)
+    with pytest.raises(DataError, match="holds lists, and each text was to have one label"):
+        load(str(path), problem="single")
+
+
+def test_numbers_in_lists_are_named_as_numbers(tmp_path: Path) -> None:
+    pl.DataFrame({"text": [f"t {i}" for i in range(12)], "label": [[i % 3, 10] for i in range(12)]}).write_parquet(
+        path := tmp_path / "t.parquet"
+    )
+    assert load(str(path)).names == ("0", "1", "2", "10")
+
+
+def test_a_part_of_several_labels_has_them_all(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = [
+        (
+            f"text {i}",
+            "|".join(n for n, p in zip("abcd", (0.7, 0.3, 0.1, 0.06), strict=True) if random.random() < p) or "|",
+        )
+        for i in range(400)
+    ]
+    whole = load(str(write_csv(tmp_path / "t.csv", rows)))
+    parts = split(whole, None, None, seed=1, duplicates="together")[:3]
+    shares = np.array([part.counts / len(part) for part in parts])
+    assert [len(part) for part in parts] == [280, 60, 60]
+    assert np.abs(shares[1:] / shares[0] - 1).max() < 0.6, "rare labels are spread evenly"
+    assert (np.abs(shares - whole.counts / 400) < 0.06).all()
+    rare = [*rows[:60], ("text x", "rare")]
+    with pytest.raises(DataError, match="the label 'rare' has 1 row"):
+        split(load(str(write_csv(tmp_path / "r.csv", rare))), None, None, seed=1, duplicates="together")
+
+
+def test_stars_are_ordered_and_other_numbers_only_if_asked_for(tmp_path: Path) -> None:
+    stars = write_csv(tmp_path / "stars.csv", [(f"text {i}", str(i % 5 + 1)) for i in range(20)])
+    four = write_csv(tmp_path / "four.csv", [(f"text {i}", str(i % 4)) for i in range(20)])
+    words = write_csv(tmp_path / "words.csv", [(f"text {i}", "ab"[i % 2]) for i in range(20)])
+    assert load(str(stars)).problem == "ordered"
+    assert load(str(stars), problem="single").problem == "single"
+    assert load(str(four)).problem == "single"
+    assert load(str(four), problem="ordered").problem == "ordered"
+    with pytest.raises(DataError, match="--problem ordered takes whole numbers as labels"):
+        load(str(words), problem="ordered")
+
+
+def test_weights_go_with_their_texts() -> None:
+    whole = dataclasses.replace(made([0, 1, 0]), weights=np.array([1, 2, 3], np.float32))
+    assert whole.take(np.array([2, 0])).weights.tolist() == [3, 1]  # type: ignore[union-attr]

@@ -14,11 +14,12 @@ from headstart.errors import InputError
 from headstart.explain import FEW, WORDS, explain, integrated_gradients, neighbours
 from headstart.features import frozen_features
 from headstart.model import LibraryScorer, TorchClassifier, load_run
+from headstart.predict import Predictor
 from headstart.prepare import read
 from headstart.report import filled
 from headstart.run import Run
 from headstart.run import train as run_train
-from tests.conftest import SMALL_ROWS
+from tests.conftest import BAD, GOOD, SMALL_ROWS, kinds_of_rows
 
 FP32 = choose_placement("cpu", "fp32")
 
@@ -210,3 +211,35 @@ def test_neighbours_are_training_texts_while_the_table_is_as_it_was(train: Calla
     table.unlink()
     with pytest.raises(InputError, match="no such file"):
         neighbours(done.folder, text)
+
+
+def test_a_text_read_in_windows_is_explained_to_its_end(train: Callable[..., Run]) -> None:
+    rows = kinds_of_rows()["long"]
+    run = train(rows, epochs=30, long="windows", max_length=32, head_features=("mean-3",), head_width=0).folder
+    classifier = load_run(run, choose_placement("cpu", "fp32"))
+    found = explain(classifier, rows[0][0])
+    assert all(word.score is not None for word in found.words)
+    assert found.completeness_error < 0.1
+    last = found.words[-1]
+    assert last.word in (*GOOD, *BAD)
+    assert abs(last.score or 0) > 0.02, "in one window of three, and yet it counts"
+    both = explain(
+        load_run(
+            train(rows, out="ends", long="head-tail", max_length=32, epochs=30).folder, choose_placement("cpu", "fp32")
+        ),
+        rows[0][0],
+    )
+    read = [word.score is not None for word in both.words]
+    assert read[0]
+    assert read[-1]
+    assert not all(read)
+
+
+def test_of_several_labels_the_likeliest_is_explained_alone(train: Callable[..., Run]) -> None:
+    run = train(kinds_of_rows()["multi"], epochs=30).folder
+    classifier = load_run(run, choose_placement("cpu", "fp32"))
+    found = explain(classifier, "the soup and the waiter")
+    shares = Predictor(classifier).predict_proba(["the soup and the waiter"])[0]
+    assert found.label == classifier.names[shares.argmax()]
+    assert found.confidence == pytest.approx(shares.max())
+    assert found.completeness_error < 0.1

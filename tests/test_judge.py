@@ -14,7 +14,7 @@ from headstart import config, metrics, predict
 from headstart.config import Calibration
 from headstart.data import Dataset, Splits
 from headstart.errors import DataError
-from headstart.judge import MISTAKES, Json, evaluate, judge
+from headstart.judge import MISTAKES, Judged, evaluate, judge
 from headstart.metrics import Shares
 from headstart.predict import probabilities_of
 from headstart.run import Run
@@ -41,37 +41,40 @@ def splits() -> Splits:
     return Splits(part(60, 2), part(600, 62), part(900, 662))
 
 
-def judged(splits: Splits, calibration: Calibration) -> tuple[torch.Tensor, Json, Json, Shares]:
+def judged(splits: Splits, calibration: Calibration) -> tuple[Shares, Judged]:
     held, tested = (
-        logits(torch.from_numpy(one.labels), seed, 4.0) for seed, one in enumerate((splits.validation, splits.test))
+        logits(torch.from_numpy(one.labels), seed, 4.0).double().numpy()
+        for seed, one in enumerate((splits.validation, splits.test))
     )
-    return tested, *judge(splits, held, tested, calibration)
+    return tested, judge(splits, held, tested, calibration)
 
 
 def test_calibration_changes_how_sure_it_is_and_not_what_it_says(splits: Splits) -> None:
-    tested, numbers, _, probabilities = judged(splits, "temperature")
+    tested, found = judged(splits, "temperature")
+    numbers, probabilities = found.numbers, found.probabilities
     calibration = numbers["calibration"]
     assert calibration["temperature"] > 2
     np.testing.assert_allclose(probabilities, probabilities_of(tested / calibration["temperature"]))
-    assert calibration["ece_before"] == metrics.calibration_error(probabilities_of(tested), splits.test.labels)
+    before, right = probabilities_of(tested), tested.argmax(axis=1) == splits.test.labels
+    assert calibration["ece_before"] == metrics.calibration_error(before.max(axis=1), right)
     assert calibration["ece_after"] == numbers["test"]["ece"]
     assert calibration["ece_after"] < 0.5 * calibration["ece_before"]
-    _, raw, _, _ = judged(splits, "none")
+    raw = judged(splits, "none")[1].numbers
     assert (raw["calibration"]["temperature"], raw["calibration"]["method"]) == (1.0, "none")
     assert raw["test"]["accuracy"] == numbers["test"]["accuracy"]
     assert raw["calibration"]["ece_before"] == raw["calibration"]["ece_after"]
 
 
 def test_the_temperature_is_of_the_validation_part_alone(splits: Splits) -> None:
-    held, tested = logits(torch.from_numpy(splits.validation.labels), 0, 1.0), torch.zeros(900, 3)
-    numbers, _, _ = judge(splits, held, tested, "temperature")
-    expected = metrics.temperature(held.double().numpy(), splits.validation.labels)
-    assert numbers["calibration"]["temperature"] == expected
+    held = logits(torch.from_numpy(splits.validation.labels), 0, 1.0).double().numpy()
+    found = judge(splits, held, np.zeros((900, 3)), "temperature")
+    expected = metrics.temperature(held, splits.validation.labels)
+    assert found.numbers["calibration"]["temperature"] == pytest.approx(expected)
 
 
 def test_the_most_confident_mistakes_are_mistakes_and_the_surest_first(splits: Splits) -> None:
-    _, numbers, figures, probabilities = judged(splits, "temperature")
-    shown = figures["mistakes"]
+    found = judged(splits, "temperature")[1]
+    numbers, probabilities, shown = found.numbers, found.probabilities, found.figures["mistakes"]
     wrong = probabilities.argmax(axis=1) != splits.test.labels
     assert len(shown) == MISTAKES < wrong.sum()
     sureness = [one["confidence"] for one in shown]
@@ -85,16 +88,16 @@ def test_the_most_confident_mistakes_are_mistakes_and_the_surest_first(splits: S
 
 
 def test_a_faultless_classifier_has_no_mistakes(splits: Splits) -> None:
-    held, tested = (9.0 * torch.eye(3)[torch.from_numpy(one.labels)] for one in (splits.validation, splits.test))
-    numbers, figures, _ = judge(splits, held, tested, "temperature")
-    assert figures["mistakes"] == []
-    assert numbers["contradicted"] == 0
-    assert numbers["comparisons"]["majority"]["difference"] == pytest.approx(2 / 3)
+    held, tested = (9.0 * np.eye(3)[one.labels] for one in (splits.validation, splits.test))
+    found = judge(splits, held, tested, "temperature")
+    assert found.figures["mistakes"] == []
+    assert found.numbers["contradicted"] == 0
+    assert found.numbers["comparisons"]["majority"]["difference"] == pytest.approx(2 / 3)
 
 
 def test_every_number_can_be_written(splits: Splits) -> None:
-    _, *found, _ = judged(splits, "temperature")
-    written = json.loads(json.dumps(found, allow_nan=False))
+    found = judged(splits, "temperature")[1]
+    written = json.loads(json.dumps([found.numbers, found.figures], allow_nan=False))
     assert set(written[0]) == {
         *("test", "validation", "baselines", "comparisons", "intervals", "calibration"),
         *("coverage", "slices", "contradicted"),

@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 
 from headstart.metrics import (
     CONFIDENCES,
+    Labels,
+    Shares,
     accuracy_interval,
     baselines,
+    calibrate,
     calibration_error,
     comparison,
     coverage,
@@ -23,6 +26,7 @@ from headstart.metrics import (
     scores,
     slices,
     temperature,
+    thresholds_of,
 )
 
 NAMES = ("bad", "good", "so-so")
@@ -63,7 +67,7 @@ def test_every_number_as_worked_out_by_hand() -> None:
     shares = (0.80, 0.60, 0.30, 0.10, 0.90, 0.40)
     assert got["log_loss"] == pytest.approx(-sum(math.log(share) for share in shares) / 6)
     assert got["accuracy_ci95"] == list(accuracy_interval(3, 6))
-    assert got["ece"] == calibration_error(SAID, TRUTH)
+    assert got["ece"] == error_of(SAID, TRUTH)
 
 
 def test_all_numbers_are_plain_and_can_be_written() -> None:
@@ -139,7 +143,86 @@ def test_the_interval_is_wilsons(n: int, share: float) -> None:
         assert away == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-4, abs=1e-12)
 
 
+# --- several labels a text, and ordered ones
+
+
+def test_several_labels_by_hand() -> None:
+    said = np.array([[0.9, 0.2, 0.6], [0.4, 0.7, 0.1], [0.8, 0.6, 0.3], [0.1, 0.1, 0.1]])
+    truth = np.array([[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    got = evaluate(said, truth, NAMES, "multi", (0.5, 0.5, 0.5))
+    assert got["accuracy"] == 2 / 4, "the first and the last text have all their labels right"
+    assert got["per_label"]["bad"] == {"precision": 1, "recall": 2 / 3, "f1": pytest.approx(0.8), "support": 3}
+    assert got["per_label"]["good"] == {"precision": 1 / 2, "recall": 1, "f1": pytest.approx(2 / 3), "support": 1}
+    assert got["macro_f1"] == pytest.approx((0.8 + 2 / 3 + 1) / 3)
+    assert got["micro_f1"] == pytest.approx(2 * 4 / (5 + 5)), "4 of 5 given are right, of 5 that are there"
+    assert got["confusion_matrix"] == [[[1, 0], [1, 2]], [[2, 1], [0, 1]], [[3, 0], [0, 1]]]
+    losses = np.where(truth == 1, np.log(said), np.log(1 - said))
+    assert got["log_loss"] == pytest.approx(-losses.mean())
+    confidence = np.array([0.9 * 0.8 * 0.6, 0.6 * 0.7 * 0.9, 0.8 * 0.6 * 0.7, 0.9**3])
+    assert got["ece"] == pytest.approx(calibration_error(confidence, np.array([True, False, False, True])))
+    assert evaluate(said, truth, NAMES, "multi", (0.3, 0.65, 0.5))["accuracy"] == 1
+    text = report_text(got)
+    assert "micro avg" in text
+    assert "samples avg" not in text
+    for name, line in zip(NAMES, text.split("\n")[2:], strict=False):
+        assert line.split() == [
+            name,
+            *(f"{got['per_label'][name][key]:.3f}" for key in ("precision", "recall", "f1")),
+            str(got["per_label"][name]["support"]),
+        ]
+
+
+def test_ordered_labels_tell_how_far_off_answers_are() -> None:
+    truth, answers = np.array([0, 1, 2, 3, 4, 4]), np.array([0, 1, 2, 4, 2, 4])
+    said = np.eye(5)[answers] * 0.9 + 0.02
+    got = evaluate(said, truth, ("1", "2", "3", "4", "5"), "ordered")
+    assert got["mean_absolute_error"] == pytest.approx(3 / 6)
+    by_chance = ((truth[:, None] - answers) ** 2).mean()
+    assert got["quadratic_kappa"] == pytest.approx(1 - (5 / 6) / by_chance)
+    assert "quadratic_kappa" not in evaluate(said, truth, ("1", "2", "3", "4", "5"))
+    alone = evaluate(np.eye(5)[[1, 1]] * 0.9 + 0.02, np.array([1, 1]), ("1", "2", "3", "4", "5"), "ordered")
+    assert alone["quadratic_kappa"] == 0
+
+
+def test_each_label_is_scaled_and_shifted_by_itself() -> None:
+    random = np.random.default_rng(0)
+    real = random.normal(size=(4000, 2)) * 2
+    truth = (random.random((4000, 2)) < 1 / (1 + np.exp(-real))).astype(np.int64)
+    fitted = calibrate(real * [3.0, 0.5] + [1.0, -1.0], truth)
+    np.testing.assert_allclose(fitted.scale, [1 / 3, 2], rtol=0.12)
+    np.testing.assert_allclose(fitted.shift, [-1 / 3, 2], atol=0.2)
+    assert set(fitted.described()) == {"scale", "shift"}
+    few = calibrate(real[:1], truth[:1])
+    assert np.abs(few.shift).max() < 0.3, "one text says little"
+
+
+def test_a_threshold_has_the_best_f1_on_validation() -> None:
+    random = np.random.default_rng(0)
+    said = random.random((300, 3)) * [1.0, 0.4, 1.0]
+    truth = (random.random((300, 3)) < said).astype(np.int64)
+    truth[:, 2] = 0
+    truth[:3, 2] = 1
+    got = thresholds_of(said, truth)
+    assert got[2] == 0.5, "too few texts have it"
+    for label in (0, 1):
+
+        def f1(least: float, label: int = label) -> float:
+            given = said[:, label] >= least
+            return 2 * (given & (truth[:, label] == 1)).sum() / max(given.sum() + truth[:, label].sum(), 1)
+
+        assert f1(got[label]) == max(f1(least) for least in said[:, label])
+    assert got[1] < 0.4
+
+
 # --- calibration
+
+
+def sure_and_right(said: Shares, truth: Labels) -> tuple[Shares, NDArray[np.bool_]]:
+    return said.max(axis=1), said.argmax(axis=1) == truth
+
+
+def error_of(said: Shares, truth: Labels) -> float:
+    return calibration_error(*sure_and_right(said, truth))
 
 
 def test_calibration_error_by_hand() -> None:
@@ -148,14 +231,14 @@ def test_calibration_error_by_hand() -> None:
     said = np.column_stack([confidence, 1 - confidence])
     # Fifteenths: the last holds 0.97, 0.95 and 0.94; the 11th 0.72 and 0.69; the 8th 0.52.
     expected = (abs(2 - 2.86) + abs(1 - 1.41) + abs(1 - 0.52)) / 6
-    assert calibration_error(said, np.where(correct, 0, 1)) == pytest.approx(expected)
+    assert error_of(said, np.where(correct, 0, 1)) == pytest.approx(expected)
 
 
 def test_confidence_of_one_is_in_the_last_bin() -> None:
     said = np.array([[1.0, 0.0], [0.95, 0.05]])
     # Together they are one right answer for 1.95 expected; apart the gaps would be 1 and 0.05.
-    assert calibration_error(said, np.array([1, 0])) == pytest.approx((1.95 - 1) / 2)
-    assert calibration_error(share_of([0, 1, 1]), np.array([0, 1, 1])) == 0
+    assert error_of(said, np.array([1, 0])) == pytest.approx((1.95 - 1) / 2)
+    assert error_of(share_of([0, 1, 1]), np.array([0, 1, 1])) == 0
 
 
 CONFIDENCE = st.just(1.0) | st.builds(lambda k, part: (k + part) / 15, st.integers(5, 14), st.floats(0.01, 0.99))
@@ -171,11 +254,11 @@ def test_calibration_error_as_gaps_added_up(rows: list[tuple[int, int, float]]) 
     said = np.repeat((1 - confidence[:, None]) / 2, 3, axis=1)
     said[np.arange(len(rows)), best] = confidence
     gaps, _ = np.histogram(confidence, bins=15, range=(0, 1), weights=(best == truth) - confidence)
-    got = calibration_error(said, truth)
+    got = error_of(said, truth)
     assert got == pytest.approx(np.abs(gaps).sum() / len(rows), abs=1e-12)
     assert 0 <= got <= 1
     order = np.random.default_rng(0).permutation(len(rows))
-    assert calibration_error(said[order], truth[order]) == pytest.approx(got, abs=1e-12)
+    assert error_of(said[order], truth[order]) == pytest.approx(got, abs=1e-12)
 
 
 # --- the report
@@ -285,11 +368,11 @@ def test_a_few_texts_do_not_move_the_temperature_far() -> None:
 
 def test_bins_of_confidence_as_worked_out_by_hand() -> None:
     said = np.array([[0.99, 0.01], [0.01, 0.99], [0.55, 0.45], [0.45, 0.55]])
-    assert reliability(said, np.array([0, 0, 0, 0])) == [
+    assert reliability(*sure_and_right(said, np.array([0, 0, 0, 0]))) == [
         {"confidence": pytest.approx(0.55), "accuracy": 0.5, "n": 2},
         {"confidence": pytest.approx(0.99), "accuracy": 0.5, "n": 2},
     ]
-    assert calibration_error(said, np.array([0, 0, 0, 0])) == pytest.approx((0.05 + 0.49) / 2)
+    assert error_of(said, np.array([0, 0, 0, 0])) == pytest.approx((0.05 + 0.49) / 2)
 
 
 def test_who_answers_only_when_sure_is_right_more_often() -> None:
@@ -323,7 +406,7 @@ def test_f1_intervals_hold_the_f1_and_are_as_wide_as_by_drawing_rows() -> None:
     truth = random.integers(3, size=300)
     said = np.where(random.random(300) < 0.7, truth, random.integers(3, size=300))
     whole = evaluate(np.eye(4)[said] * 0.96 + 0.01, truth, ("a", "b", "c", "never"))
-    got = f1_intervals(whole["confusion_matrix"])
+    got = f1_intervals(said, truth, 4)
     drawn = []
     for _ in range(1000):
         some = random.integers(300, size=300)

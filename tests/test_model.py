@@ -26,6 +26,7 @@ from headstart.features import Features, frozen_features
 from headstart.folders import new_folder
 from headstart.model import HeadSpec, PooledModel, head_inputs, native_feature, native_model, save_model
 from headstart.predict import Predictor
+from headstart.train import Targets
 from tests.conftest import FAMILIES
 
 CPU = choose_placement("cpu", "fp32")
@@ -59,7 +60,7 @@ def logits_of(predictor: Predictor) -> torch.Tensor:
 def saved(model: Any, encoder: Encoder, folder: Path) -> Predictor:
     """Written and read again."""
     with new_folder(folder) as temporary:
-        save_model(temporary, model, encoder, encoder.max_length)
+        save_model(temporary, model, encoder, encoder.max_length, "single")
     return load(folder)
 
 
@@ -163,7 +164,7 @@ def train_native(encoder: Encoder) -> trials.TrainedHead:
     """A native head after 30 epochs on TEXTS."""
     features, labels = stored(encoder), np.arange(len(TEXTS)) % 3
     given = config.settings("sample", head="native", epochs=30, patience=30, lr=1e-2, batch_size=8, seed=3)
-    return trials.train_head(trials.Task(encoder, features, features, labels, labels, NAMES, given))
+    return trials.train_head(trials.Task(encoder, features, features, Targets(labels), Targets(labels), NAMES, given))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,9 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 import headstart
-from headstart import predict, tables
+from headstart import encoder, predict, tables
+from headstart.encoder import Placement
 from headstart.errors import DataError, DiskError
-from headstart.predict import Predictor, label_lines, predict_file, probabilities_of, write_frames
+from headstart.predict import (
+    Predictor,
+    answer_columns,
+    decide,
+    label_lines,
+    predict_file,
+    probabilities_of,
+    write_frames,
+)
 
 TEXTS = [
     "the film was superb",
@@ -52,6 +61,35 @@ def test_probabilities_are_softmax_and_sum_to_one() -> None:
     np.testing.assert_allclose(got.sum(axis=1), 1, rtol=1e-12)
     assert got[1].tolist() == [1, 0, 0]
     assert got.dtype == np.float64
+
+
+def test_of_several_labels_each_has_its_own_probability_and_threshold() -> None:
+    logits = np.array([[0.0, 3.0], [-800.0, 800.0]])
+    got = probabilities_of(logits, "multi")
+    np.testing.assert_allclose(got, [[0.5, 1 / (1 + np.exp(-3))], [0, 1]])
+    said = decide(got, (0.5, 0.99))
+    assert said.labels.tolist() == [[1, 0], [0, 1]]
+    assert said.confidence.tolist() == pytest.approx([0.5 * (1 - got[0, 1]), 1.0])
+    columns = answer_columns(got, ("a", "b"), (0.6, 0.99))
+    assert columns["prediction"].to_list() == ["", "b"]
+    assert columns["p_b"].to_list() == got[:, 1].tolist()
+
+
+def test_many_texts_are_scored_in_the_fastest_precision_and_few_exactly(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    real = encoder.choose_placement
+
+    def noting(device: str, precision: str) -> Placement:
+        asked.append((device, precision))
+        return real("cpu", "fp32")
+
+    monkeypatch.setattr(encoder, "choose_placement", noting)
+    for texts in (0, predict.EXACT_ROWS, predict.EXACT_ROWS + 1):
+        predict.load(tiny_run, texts=texts)
+    predict.load(tiny_run, precision="bf16")
+    assert [precision for _, precision in asked] == ["fp32", "fp32", "auto", "bf16"]
 
 
 def test_the_order_of_texts_and_their_neighbours_do_not_matter(predictor: Predictor) -> None:

@@ -107,6 +107,7 @@ def test_the_advice_is_read_off_the_training_texts_and_followed(train: Callable[
     assert (done.info["max_length"], done.info["max_length_reason"]) == (16, "no text is cut, the longest has 6 tokens")
     asked = train(out="asked", max_length=5)
     assert asked.info["max_length"] == 5
-    assert asked.info["max_length_reason"] == "as asked; 100.0% of the training texts are cut (advised: 16)"
+    why = "as asked; 100.0% of the training texts are longer (advised: 16)"
+    assert asked.info["max_length_reason"] == f"{why}; 16.67% of all tokens are cut off, see --long"
     assert asked.metrics["features"]["encoded"] > 0, "texts cut elsewhere are other texts to the encoder"
     assert json.loads((asked.folder / "tokenizer_config.json").read_text())["model_max_length"] == 5

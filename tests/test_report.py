@@ -194,7 +194,7 @@ def test_an_evaluation_on_another_table() -> None:
     numbers = evaluate(said, truth, ("bad", "good"))
     full = report_text(numbers)
     got = report.filled("evaluation.txt", {"test": {**numbers, "n": 12_345}})
-    assert got.startswith(full.rstrip() + "\n\nAccuracy 0.667 on 12,345 texts")
+    assert got.startswith(full.rstrip() + "\n\nAccuracy 0.667 on 12,345 texts (95% interval")
     low, high = numbers["accuracy_ci95"]
     assert f"(95% interval {low:.3f} to {high:.3f}), macro F1 0.667, log loss 0.607" in got
     assert got.endswith(f"calibration error {numbers['ece']:.3f}")
@@ -371,10 +371,12 @@ def test_the_advice_is_shown_with_what_each_length_costs() -> None:
     text = report.lengths_text(given_advice)
     assert text.startswith("Token lengths of 1,021 texts (special tokens included)\n")
     assert "Quantiles   0% 3  25% 7  50% 11  75% 15  90% 18  95% 19  99% 19  100% 60\n" in text
-    rows = [line.split() for line in text.splitlines() if re.match(r" +\d+ +[\d.]+% +[\d.]+", line)]
+    rows = [line.split() for line in text.splitlines() if re.match(r" +\d+ +[\d.]+% +[\d.]+% +[\d.]+", line)]
     assert [int(row[0]) for row in rows] == [one.max_length for one in given_advice.candidates]
-    assert [row[1:3] for row in rows] == [[f"{one.cut:.2%}", f"{one.cost:.2f}"] for one in given_advice.candidates]
-    assert [row[0] for row in rows if row[3:] == ["<-", "advised"]] == ["24"]
+    assert [row[1:4] for row in rows] == [
+        [f"{one.cut:.2%}", f"{one.lost:.2%}", f"{one.cost:.2f}"] for one in given_advice.candidates
+    ]
+    assert [row[0] for row in rows if row[4:] == ["<-", "advised"]] == ["24"]
     assert text.endswith(f"Advised: --max-length 24, {given_advice.reason}.")
 
 

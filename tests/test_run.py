@@ -21,11 +21,11 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 import headstart
-from headstart import config, metrics, predict, run
+from headstart import config, judge, metrics, predict, run
 from headstart.prepare import read
 from headstart.run import Run
 from headstart.train import FeatureBatches
-from tests.conftest import BAD, EXACT, GOOD, NOUNS, QUICK, SMALL_ROWS, write_csv
+from tests.conftest import BAD, EXACT, GOOD, NOUNS, QUICK, SMALL_ROWS, kinds_of_rows, write_csv
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["headstart.model"])
@@ -338,7 +338,9 @@ def article_in_plain_torch(folder: Path, parts: list[tuple[list[str], list[int]]
         model.train()
         total = []
         # The order of batches is the one thing taken from headstart.
-        for (((x,), y),) in FeatureBatches(vectors[0], targets[0], 32, 2021).epoch(epoch):
+        for (((x,), y, _),) in FeatureBatches(vectors[0], targets[0], torch.ones(len(targets[0])), 32, 2021).epoch(
+            epoch
+        ):
             model.zero_grad()
             loss = cross_entropy(model(x), y)
             loss.backward()
@@ -473,3 +475,70 @@ def test_given_tables_are_used_as_they_are(given: tuple[str, ...], train: Callab
     if "validation" in given:
         assert done.metrics["validation"]["per_label"]["1"]["support"] == len(NOUNS)
     assert done.metrics["features"]["texts"] == 80 + sum(len(tables[name]) for name in given)
+
+
+# --- other kinds of problem, and long texts
+
+
+def by_pipeline(folder: Path, texts: list[str]) -> list[dict[str, float]]:
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", str(folder), trust_remote_code=True, device="cpu")
+    return [{one["label"]: one["score"] for one in found} for found in classify(texts, top_k=None, truncation=True)]
+
+
+@pytest.mark.parametrize(
+    "given", [{"head": "pooled"}, {"head": "native", "epochs": 30}, {"thaw": "2", "lr": 3e-3, "epochs": 20}]
+)
+@pytest.mark.parametrize("kind", ["multi", "ordered"])
+def test_other_kinds_of_label_from_a_table_to_a_file(
+    kind: str, given: dict[str, Any], train: Callable[..., Run], tmp_path: Path
+) -> None:
+    rows = kinds_of_rows()[kind]
+    done = train(rows, **{"head_features": None, "head_width": None, "epochs": 30, **given})
+    test, folder = done.metrics["test"], done.folder
+    header, held = predictions(folder)
+    assert done.info["problem"] == kind
+    assert header[:4] == ["text", "label", "prediction", "confidence"]
+    assert test["accuracy"] == np.mean([row["label"] == row["prediction"] for row in held])
+    assert test["accuracy"] > done.metrics["baselines"]["majority"]["accuracy"]
+    if kind == "multi":
+        assert set(test) >= {"micro_f1", "thresholds"}
+        assert all(set(row["prediction"].split("|")) <= {"", "food", "staff", "room"} for row in held)
+        assert any("|" in row["prediction"] for row in held)
+        assert len(done.info["thresholds"]) == 3
+    else:
+        assert test["mean_absolute_error"] < 1
+        assert test["quadratic_kappa"] > 0.2
+    assert ("quadratic kappa" if kind == "ordered" else "micro F1") in done.summary()
+    texts = [row["text"] for row in held]
+    predictor = headstart.load(folder)
+    found = predictor.predict_proba(texts)
+    for mine, theirs in zip(found, by_pipeline(folder, texts), strict=True):
+        assert dict(zip(predictor.names, mine, strict=True)) == pytest.approx(theirs, abs=1e-4)
+    assert predictor.predict(texts) == [row["prediction"] for row in held]
+    again = judge.evaluate(predictor, str(write_csv(tmp_path / "again.csv", rows)))[0]
+    assert set(again) == set(test)
+    (folder / "report.html").read_text().index("Given and missed" if kind == "multi" else "Quadratic kappa")
+
+
+def test_folds_of_several_labels(train: Callable[..., Run]) -> None:
+    done = train(kinds_of_rows()["multi"], folds=3, epochs=20)
+    assert done.metrics["folds"]["k"] == 3
+    assert done.metrics["folds"]["mean"] > 0.2
+
+
+@pytest.mark.parametrize("given", [{"head_width": 0}, {"thaw": "all", "lr": 2e-3, "epochs": 15}])
+def test_long_texts_are_read_to_their_end(given: dict[str, Any], train: Callable[..., Run]) -> None:
+    rows, accuracy = kinds_of_rows()["long"], {}
+    for long in ("truncate", "head-tail", "windows"):
+        done = train(rows, out=long, long=long, max_length=32, **{"epochs": 30, "head_features": ("mean-3",), **given})
+        accuracy[long] = done.metrics["validation"]["accuracy"]
+        texts = [row["text"] for row in predictions(done.folder)[1]]
+        predictor = headstart.load(done.folder)
+        held = probabilities(predictions(done.folder)[1], predictor.names)
+        np.testing.assert_allclose(predictor.predict_proba(texts), held, atol=2e-5)
+        assert predictor.score(texts).cut.all() == (long != "windows")
+        reason = {"truncate": "are cut off, see --long", "head-tail": "beginning and the end", "windows": "in windows"}
+        assert reason[long] in done.info["max_length_reason"]
+    assert accuracy["truncate"] < 0.75 < 0.9 <= min(accuracy["head-tail"], accuracy["windows"])

@@ -31,6 +31,7 @@ from headstart.thaw import (
     predicted_costs,
 )
 from headstart.tokens import Tokens
+from headstart.train import Targets
 from tests.conftest import BAD, GOOD, NOUNS
 
 CPU = choose_placement("cpu", "fp32")
@@ -53,9 +54,9 @@ def task(tiny_models: Callable[[str], Path]) -> Callable[..., FineTuning]:
         encoder = Encoder(str(tiny_models(family)), CPU)
         settings = config.settings("sample", **{"epochs": 2, "batch_size": 16, "lr": 1e-3, "seed": 4, **given})
         start = native_model(encoder, ("bad", "good"), seed=1)
-        train, validation, _ = (LABELS[part] for part in PARTS)
+        targets: Any = tuple(Targets(LABELS[part]) for part in PARTS)
         tokens = encoder.tokenizer(TEXTS)
-        return FineTuning(encoder, tokens, PARTS, train, validation, ("bad", "good"), settings, start)
+        return FineTuning(encoder, tokens, PARTS, targets, ("bad", "good"), settings, start)
 
     return make
 
@@ -91,7 +92,8 @@ def batches_of(n: int = 70, parts: int = 1, seed: int = 3, size: int = 8) -> Tok
     tokens = Tokens(ids, np.concatenate([[0], lengths.cumsum()]))
     encoder: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=0))  # nothing else is needed for token ids
     index = np.arange(0, 2 * n, 2)
-    return TokenBatches(Texts(encoder, tokens), index, index * 10, size, seed, [torch.device("cpu")] * parts)
+    wanted = torch.from_numpy(index * 10), torch.ones(n)
+    return TokenBatches(Texts(encoder, tokens), index, wanted, size, seed, [torch.device("cpu")] * parts)
 
 
 def seen(batches: TokenBatches, epoch: int) -> list[list[int]]:
@@ -99,7 +101,7 @@ def seen(batches: TokenBatches, epoch: int) -> list[list[int]]:
     found = []
     for parts in batches.epoch(epoch):
         rows = []
-        for (ids, mask), labels in parts:
+        for (ids, mask), labels, _ in parts:
             assert ids.shape == mask.shape
             assert (ids[:, 0] * 10).tolist() == labels.tolist(), "each text has its label"
             lengths = batches.texts.tokens.lengths[ids[:, 0].numpy()]
@@ -139,7 +141,7 @@ def test_parts_are_the_batch(parts: int) -> None:
     whole, cut = seen(batches_of(parts=1), 2), list(batches_of(parts=parts).epoch(2))
     assert [sorted(texts) for texts in whole] == [sorted(texts) for texts in seen(batches_of(parts=parts), 2)]
     for batch in cut:
-        sizes = [len(labels) for _, labels in batch]
+        sizes = [len(labels) for _, labels, _ in batch]
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
         assert len(sizes) == min(parts, sum(sizes))
@@ -286,11 +288,13 @@ def by_transformers(task: FineTuning, depth: Any) -> Any:
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
     texts = Texts(task.encoder, task.tokens)
-    batches = TokenBatches(texts, PARTS[0], task.train_labels, 16, task.config.seed, [torch.device("cpu")])
-    weights = torch.from_numpy(len(task.train_labels) / (2 * np.bincount(task.train_labels))).float()
+    labels = LABELS[PARTS[0]]
+    weights = torch.from_numpy(len(labels) / (2 * np.bincount(labels))).float()
+    wanted = torch.from_numpy(labels), torch.ones(len(labels))
+    batches = TokenBatches(texts, PARTS[0], wanted, 16, task.config.seed, [torch.device("cpu")])
     steps, step, states, scores = schedule.epochs * len(batches), 0, [], []
     for epoch in range(schedule.epochs):
-        for (((ids, mask), labels),) in batches.epoch(epoch):
+        for (((ids, mask), labels, _),) in batches.epoch(epoch):
             rising = math.ceil(0.1 * steps)
             share = (step + 1) / rising if step < rising else (steps - step) / (steps - rising)
             for group in optimizer.param_groups:
@@ -303,7 +307,7 @@ def by_transformers(task: FineTuning, depth: Any) -> Any:
             step += 1
         with torch.inference_mode():
             ids, mask = texts.inputs(PARTS[1])
-            held, truth = model(input_ids=ids, attention_mask=mask).logits, torch.from_numpy(task.validation_labels)
+            held, truth = model(input_ids=ids, attention_mask=mask).logits, torch.from_numpy(task.targets[1].labels)
             loss = nn.functional.cross_entropy(held, truth, weight=weights)
         scores.append((float((held.argmax(dim=1) == truth).float().mean()), -float(loss)))
         states.append(tensors(model))
@@ -347,7 +351,7 @@ def test_fine_tuning_learns_and_leaves_the_start_alone(task: Callable[..., FineT
     best = max(done.history.epochs, key=lambda one: (one.validation_accuracy, -one.validation_loss))
     assert done.history.epochs[done.history.best] == best
     assert not done.model.training
-    right = (done.validation_logits.argmax(dim=1).numpy() == given.validation_labels).mean()
+    right = (done.validation_logits.argmax(dim=1).numpy() == given.targets[1].labels).mean()
     assert right == pytest.approx(best.validation_accuracy)
 
 
@@ -378,7 +382,8 @@ def test_the_settings_are_the_schedule(task: Callable[..., FineTuning]) -> None:
     schedule = task(epochs=None, lr=None).schedule
     assert (schedule.epochs, schedule.lr, schedule.weight_decay, schedule.warmup) == (6, 1e-4, 0.01, 0.1)
     for texts, batch_size, epochs in ((6920, 32, 3), (4634, 32, 5), (4634, 16, 3), (2641, 32, 6), (10**6, 32, 3)):
-        table = replace(task(epochs=None, batch_size=batch_size), train_labels=np.zeros(texts, dtype=np.int64))
+        given = task(epochs=None, batch_size=batch_size)
+        table = replace(given, parts=(np.arange(texts), *given.parts[1:]))
         assert table.schedule.epochs == epochs
     schedule = task(epochs=7, lr=1e-5, weight_decay=0.0, clip_norm=0.5, patience=2).schedule
     assert (schedule.epochs, schedule.lr, schedule.weight_decay) == (7, 1e-5, 0.0)

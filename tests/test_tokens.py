@@ -1,5 +1,6 @@
 """Token ids as the tokenizers library gives them, the advised length, and batches of like length."""
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ from headstart.tokens import (
     advise_length,
     encoder_cost,
     like_length_batches,
+    mean_by_text,
 )
+from tests.conftest import WORDS
 
 FAMILIES = ("bert", "roberta", "albert", "mpnet", "deberta-v2", "modernbert")
 TEXTS = [
@@ -147,6 +150,46 @@ def test_padding_is_the_librarys(family: str, pad_id: int, tiny_models: Callable
     assert mask.tolist() == [one.attention_mask for one in expected]
 
 
+# --- long texts
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
+@with_folder
+@given(words=st.integers(0, 60), max_length=st.integers(4, 40))
+def test_what_is_read_of_a_long_text(
+    family: str, words: int, max_length: int, tiny_models: Callable[[str], Path]
+) -> None:
+    tokenizer = Tokenizer.from_folder(tiny_models(family), 0)
+    whole = tokenizer([" ".join(WORDS[i % len(WORDS)] for i in range(words)) or "a"])
+    ids, inner = whole[0].tolist(), whole[0].tolist()[1:-1]
+    for long in ("truncate", "head-tail", "windows"):
+        tokens, counts = tokenizer.pieces(whole, max_length, long)
+        read = [tokens[i].tolist() for i in range(len(tokens))]
+        assert counts.tolist() == [len(read)]
+        assert all(len(one) <= max_length and (one[0], one[-1]) == (ids[0], ids[-1]) for one in read)
+        if len(ids) <= max_length:
+            assert read == [ids]
+        elif long == "windows":
+            places = [one.tolist() for one in tokenizer.places(len(ids), max_length, "windows")]
+            assert set().union(*places) == set(range(len(ids))), "every token is read"
+            assert all(set(one[1:-1]) & set(other[1:-1]) for one, other in itertools.pairwise(places)) or max_length < 6
+            assert len({len(one) for one in places[:-1]}) == 1
+        else:
+            (only,) = read
+            assert len(only) == max_length
+            head = max_length - 2 if long == "truncate" else round((max_length - 2) / 4)
+            assert only[1 : 1 + head] == inner[:head]
+            assert only[1 + head : -1] == inner[len(inner) - (max_length - 2 - head) :]
+
+
+def test_a_text_gets_the_mean_of_its_pieces() -> None:
+    values = np.array([[1.0, 0.0], [2.0, 4.0], [4.0, 0.0], [7.0, 7.0]], np.float32)
+    got = mean_by_text(values, np.array([1, 2, 1]))
+    assert got.tolist() == [[1, 0], [3, 2], [7, 7]]
+    assert got.dtype == np.float32
+    assert mean_by_text(values, np.ones(4, np.int64)) is values
+
+
 # --- the advised length
 
 
@@ -154,7 +197,7 @@ def test_advice_is_the_shortest_usual_length_that_cuts_few() -> None:
     lengths = np.array([10] * 990 + [30] * 6 + [60] * 4)
     advice = advise_length(lengths, limit=512)
     assert advice.advised == 32
-    assert "0.40% are cut" in advice.reason
+    assert "0.40% are longer" in advice.reason
     assert [one.max_length for one in advice.candidates] == [16, 24, 32, 48, 64]
     assert [one.cut for one in advice.candidates] == [0.01, 0.01, 0.004, 0.004, 0.0]
 
@@ -168,7 +211,7 @@ def test_advice_that_cuts_nothing_says_so() -> None:
 def test_advice_keeps_to_the_models_limit() -> None:
     advice = advise_length(np.array([100] * 50 + [2000] * 50), limit=300)
     assert advice.advised == 300
-    assert "the most this model takes; 50.0% of the texts are cut, the longest has 2,000 tokens" in advice.reason
+    assert "the most this model takes; 50.0% of the texts are longer, the longest has 2,000 tokens" in advice.reason
     assert max(one.max_length for one in advice.candidates) == 300
 
 

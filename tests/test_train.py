@@ -20,7 +20,19 @@ from headstart.checkpoints import Checkpoints
 from headstart.config import ClassWeight
 from headstart.engine import PooledHead
 from headstart.errors import InputError, TerminatedError
-from headstart.train import AdamW, Epoch, FeatureBatches, History, Part, Schedule, Validate, class_weights, fit
+from headstart.train import (
+    AdamW,
+    Epoch,
+    FeatureBatches,
+    History,
+    Part,
+    Schedule,
+    Targets,
+    Validate,
+    class_weights,
+    fit,
+    loss_and_accuracy,
+)
 
 SCHEDULE = Schedule(epochs=5, lr=1e-2, weight_decay=0.01)
 
@@ -61,8 +73,8 @@ def train(
 ) -> History:
     values, labels = separable()
     weights = class_weights(labels.numpy(), 2, "balanced")
-    batches = FeatureBatches(values, labels, 16, seed)
-    return fit(model, batches, scorer(*separable(60, seed=9), weights), schedule, weights, on_epoch)
+    batches = FeatureBatches(values, labels, weights[labels], 16, seed)
+    return fit(model, batches, scorer(*separable(60, seed=9), weights), schedule, on_epoch)
 
 
 # --- class weights
@@ -83,6 +95,61 @@ def test_a_class_without_rows_weighs_one() -> None:
     np.testing.assert_allclose(weights.numpy(), [4 / 6, 1, 2], rtol=1e-6)
 
 
+# --- what texts should be given
+
+
+def test_a_text_in_pieces_is_learnt_from_piece_by_piece_and_answered_once() -> None:
+    wanted = Targets(np.array([1, 0, 1]), np.array([1, 2, 3], np.float32), np.array([2, 1, 3]))
+    labels, weights = wanted.by_piece(torch.tensor([10.0, 1.0]))
+    assert labels.tolist() == [1, 1, 0, 1, 1, 1]
+    assert weights.tolist() == [1, 1, 20, 3, 3, 3]
+    assert wanted.places(np.array([2, 0])).tolist() == [3, 4, 5, 0, 1]
+    some = wanted.take(np.array([2, 0]))
+    assert (some.labels.tolist(), some.pieces.tolist()) == ([1, 1], [3, 2])  # type: ignore[union-attr]
+    assert (len(some), some.seen, wanted.seen) == (2, 1, 2)
+    assert wanted.mean(torch.arange(6.0)[:, None]).flatten().tolist() == [0.5, 2, 4]
+    both = Targets.joined([wanted, some])
+    assert (both.labels.tolist(), both.weights.tolist()) == ([1, 0, 1, 1, 1], [1, 2, 3, 3, 1])  # type: ignore[union-attr]
+
+
+def test_a_weight_of_two_is_a_text_twice_and_of_zero_none() -> None:
+    values, labels = separable(60)
+    twice = torch.arange(60) % 4 == 0
+    weights = torch.where(twice, 2.0, 1.0) * (torch.arange(60) % 5 > 0)
+    repeated = torch.repeat_interleave(torch.arange(60), weights.long())
+    ends = []
+    for rows, counts in ((torch.arange(60), weights), (repeated, torch.ones(len(repeated)))):
+        model = new_model(dropout=0.0)
+        batches = FeatureBatches(values[rows], labels[rows], counts, 1000, 0)
+        fit(model, batches, scorer(values, labels, torch.ones(2)), Schedule(20, 1e-2, 0.01))
+        ends.append(model(values))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+def test_of_several_labels_each_is_learnt_by_itself() -> None:
+    values, first = separable()
+    labels = torch.stack([first, 1 - first, torch.ones_like(first), (values[:, 0] > 0).long()], dim=1)
+    wanted = Targets(labels.numpy())
+    assert class_weights(labels.numpy(), 4, "auto").tolist() == [1, 1, 1, 1]
+    balanced = class_weights(labels.numpy(), 4, "balanced")
+    assert balanced[:3].tolist() == [2, 0.5, 0]
+    targets, weights = wanted.by_piece(balanced)
+    assert weights[0].tolist() == pytest.approx([2, 1, 0, float(balanced[3]) if labels[0, 3] else 1])
+    torch.manual_seed(0)
+    model = PooledHead(8, 16, 4, 0.0)
+    targets, weights = wanted.by_piece(torch.ones(4))
+
+    def validate(model: nn.Module) -> tuple[float, float]:
+        return loss_and_accuracy(model(values), targets, weights)
+
+    history = fit(model, FeatureBatches(values, targets, weights, 16, 0), validate, Schedule(30, 1e-2, 0.0))
+    logits = model(values).detach()
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    assert history.kept.validation_loss == pytest.approx(float(expected), rel=1e-4)
+    assert history.kept.validation_accuracy > 0.8
+    assert history.kept.validation_accuracy == float(((logits > 0) == (labels == 1)).all(dim=1).float().mean())
+
+
 # --- the order of batches
 
 
@@ -90,11 +157,11 @@ def test_each_epoch_sees_each_row_once_in_an_order_of_seed_and_epoch() -> None:
     values, labels = torch.arange(50).float()[:, None], torch.arange(50)
 
     def order(seed: int, epoch: int) -> list[int]:
-        batches = FeatureBatches(values, labels, 8, seed)
+        batches = FeatureBatches(values, labels, torch.ones(len(labels)), 8, seed)
         parts = [part for (part,) in batches.epoch(epoch)]
         assert len(parts) == len(batches) == 7
         assert [len(part[1]) for part in parts] == [8] * 6 + [2]
-        for (x,), y in parts:
+        for (x,), y, _ in parts:
             assert x[:, 0].tolist() == y.tolist()
         return [int(label) for part in parts for label in part[1]]
 
@@ -137,7 +204,9 @@ def test_it_is_the_plain_transcription_step_by_step(dropout: float) -> None:
     for epoch in range(4):
         plain.train()
         total = 0.0
-        batches = [(x, y) for (((x,), y),) in FeatureBatches(values, labels, 16, 1).epoch(epoch)]
+        batches = [
+            (x, y) for (((x,), y, _),) in FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1).epoch(epoch)
+        ]
         for x, y in batches:
             plain.zero_grad()
             loss = cross_entropy(plain(x), y)
@@ -174,7 +243,7 @@ def test_gradients_are_clipped() -> None:
     norms = []
     model = new_model(dropout=0.0)
     values, labels = separable()
-    huge = FeatureBatches(values * 1e4, labels, 16, 1)
+    huge = FeatureBatches(values * 1e4, labels, torch.ones(len(labels)), 16, 1)
     original = AdamW.step
 
     def step(self: AdamW, lr: float) -> None:
@@ -187,7 +256,7 @@ def test_gradients_are_clipped() -> None:
         for clip_norm in (0.25, 1.0, 1e9):
             norms.clear()
             schedule = Schedule(epochs=1, lr=1e-3, weight_decay=0.01, clip_norm=clip_norm)
-            fit(model, huge, scorer(values, labels, torch.ones(2)), schedule, torch.ones(2))
+            fit(model, huge, scorer(values, labels, torch.ones(2)), schedule)
             assert len(norms) == 8
             if clip_norm < 1e9:
                 assert max(norms) == pytest.approx(clip_norm, rel=1e-3)
@@ -212,9 +281,9 @@ def test_class_weights_count_in_the_loss() -> None:
         model = new_model(width=0)
         weights = class_weights(labels.numpy(), 2, kind)
         schedule = Schedule(epochs=300, lr=2e-2, weight_decay=0.0)
-        fit(model, FeatureBatches(values, labels, 30, 0), scorer(values, labels, weights), schedule, weights)
+        fit(model, FeatureBatches(values, labels, weights[labels], 30, 0), scorer(values, labels, weights), schedule)
         shares[kind] = torch.softmax(model(values[:1]), dim=1)[0, 1].item()
-    assert shares["balanced"] == pytest.approx(1 / 2, abs=0.01)
+    assert shares["balanced"] == shares["auto"] == pytest.approx(1 / 2, abs=0.01)
     assert shares["none"] == pytest.approx(1 / 3, abs=0.01)
 
 
@@ -240,7 +309,7 @@ def told(losses: list[float], seen: list[bytes]) -> Callable[[nn.Module], tuple[
 def test_the_epoch_of_the_lowest_validation_loss_is_kept(losses: list[float], best: int) -> None:
     seen: list[bytes] = []
     model = new_model()
-    history = fit(model, FeatureBatches(*separable(), 16, 1), told(losses, seen), SCHEDULE, torch.ones(2))
+    history = fit(model, FeatureBatches(*separable(), torch.ones(120), 16, 1), told(losses, seen), SCHEDULE)
     assert history.best == best
     assert len(history.epochs) == len(set(seen)) == 5
     assert state_bytes(model) == seen[best]
@@ -251,7 +320,7 @@ def test_patience(patience: int | None, epochs: int) -> None:
     seen: list[bytes] = []
     losses = [5.0, 4.0, 4.5, 4.0, 3.9, 4.1, 4.2, 4.3]
     schedule = Schedule(epochs=8, lr=1e-3, weight_decay=0.0, patience=patience)
-    history = fit(new_model(), FeatureBatches(*separable(), 16, 1), told(losses, seen), schedule, torch.ones(2))
+    history = fit(new_model(), FeatureBatches(*separable(), torch.ones(120), 16, 1), told(losses, seen), schedule)
     assert len(history.epochs) == epochs
 
 
@@ -284,8 +353,8 @@ class InterruptedBatches(FeatureBatches):
 def test_ctrl_c_while_training_keeps_the_best_so_far() -> None:
     seen: list[bytes] = []
     model = new_model()
-    batches = InterruptedBatches(*separable(), 16, 1)
-    history = fit(model, batches, told([3, 1, 2, 0, 0], seen), SCHEDULE, torch.ones(2))
+    batches = InterruptedBatches(*separable(), torch.ones(120), 16, 1)
+    history = fit(model, batches, told([3, 1, 2, 0, 0], seen), SCHEDULE)
     assert (history.interrupted, history.best, len(history.epochs)) == (True, 3, 4), "the epoch cut short counts"
     assert history.steps == 3 * 8 + 4
     assert state_bytes(model) == seen[3]
@@ -294,16 +363,16 @@ def test_ctrl_c_while_training_keeps_the_best_so_far() -> None:
 
 def test_ctrl_c_in_the_first_epoch_keeps_what_it_has_learnt() -> None:
     model, seen = new_model(), list[bytes]()
-    batches = InterruptedBatches(*separable(), 16, 1, at=(0, 2))
-    history = fit(model, batches, told([3], seen), SCHEDULE, torch.ones(2))
+    batches = InterruptedBatches(*separable(), torch.ones(120), 16, 1, at=(0, 2))
+    history = fit(model, batches, told([3], seen), SCHEDULE)
     assert (history.interrupted, history.best, len(history.epochs), history.steps) == (True, 0, 1, 2)
     assert state_bytes(model) == seen[0] != state_bytes(new_model())
 
 
 def test_ctrl_c_before_the_first_step_is_passed_on() -> None:
-    batches = InterruptedBatches(*separable(), 16, 1, at=(0, 0))
+    batches = InterruptedBatches(*separable(), torch.ones(120), 16, 1, at=(0, 0))
     with pytest.raises(KeyboardInterrupt):
-        fit(new_model(), batches, told([], []), SCHEDULE, torch.ones(2))
+        fit(new_model(), batches, told([], []), SCHEDULE)
 
 
 def test_ctrl_c_while_a_checkpoint_is_written_keeps_the_best_so_far(tmp_path: Path) -> None:
@@ -315,8 +384,8 @@ def test_ctrl_c_while_a_checkpoint_is_written_keeps_the_best_so_far(tmp_path: Pa
 
     seen: list[bytes] = []
     model = new_model()
-    batches, checkpoints = FeatureBatches(*separable(), 16, 1), Interrupted(tmp_path, 1e9)
-    history = fit(model, batches, told([3, 1], seen), SCHEDULE, torch.ones(2), checkpoints=checkpoints)
+    batches, checkpoints = FeatureBatches(*separable(), torch.ones(120), 16, 1), Interrupted(tmp_path, 1e9)
+    history = fit(model, batches, told([3, 1], seen), SCHEDULE, checkpoints=checkpoints)
     assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 2)
     assert state_bytes(model) == seen[1]
 
@@ -344,7 +413,7 @@ def test_ctrl_c_while_validating_keeps_the_best_so_far() -> None:
         return known(model)
 
     model = new_model()
-    history = fit(model, FeatureBatches(*separable(), 16, 1), validate, SCHEDULE, torch.ones(2))
+    history = fit(model, FeatureBatches(*separable(), torch.ones(120), 16, 1), validate, SCHEDULE)
     assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 3)
     assert state_bytes(model) == seen[1]
 
@@ -354,7 +423,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_is_passed_on() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(new_model(), FeatureBatches(*separable(), 16, 1), validate, SCHEDULE, torch.ones(2))
+        fit(new_model(), FeatureBatches(*separable(), torch.ones(120), 16, 1), validate, SCHEDULE)
 
 
 # --- the same again
@@ -433,7 +502,7 @@ def test_which_epoch_is_kept(keep: Any, best: int) -> None:
         return next(answers)
 
     model = new_model()
-    history = fit(model, FeatureBatches(*separable(), 16, 1), validate, replace(SCHEDULE, keep=keep), torch.ones(2))
+    history = fit(model, FeatureBatches(*separable(), torch.ones(120), 16, 1), validate, replace(SCHEDULE, keep=keep))
     assert history.best == best
     assert state_bytes(model) == seen[best]
 
@@ -448,7 +517,7 @@ def test_it_stops_at_the_deadline_with_an_epoch_cut_short() -> None:
                 yield batch
 
     history = fit(
-        new_model(), Counted(*separable(), 16, 1), told([1.0], []), replace(SCHEDULE, deadline=0.0), torch.ones(2)
+        new_model(), Counted(*separable(), torch.ones(120), 16, 1), told([1.0], []), replace(SCHEDULE, deadline=0.0)
     )
     assert seen == [0]
     assert len(history.epochs) == 1, "it was validated, so there is something to keep"
@@ -473,9 +542,9 @@ class InParts(FeatureBatches):
     parts: int = 1
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
-        for (((values,), labels),) in super().epoch(number, start):
+        for (((values,), labels, weights),) in super().epoch(number, start):
             pieces = [slice(part, None, self.parts) for part in range(self.parts)]
-            yield [((values[piece],), labels[piece]) for piece in pieces if len(labels[piece])]
+            yield [((values[piece],), labels[piece], weights[piece]) for piece in pieces if len(labels[piece])]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 16])
@@ -494,9 +563,9 @@ def test_parts_have_the_gradient_of_the_whole_batch(
             return original(parameters, *rest, **more)
 
         monkeypatch.setattr(nn.utils, "clip_grad_norm_", note)
-        batches = InParts(values, labels, 16, 1, number)
+        batches = InParts(values, labels, weights[labels], 16, 1, number)
         schedule = Schedule(epochs=1, lr=1e-3, weight_decay=0.0)
-        history = fit(new_model(dropout=0.0), batches, scorer(values, labels, weights), schedule, weights)
+        history = fit(new_model(dropout=0.0), batches, scorer(values, labels, weights), schedule)
         found[number].append(torch.tensor([history.epochs[0].train_loss]))
     assert len(found[1]) == len(found[parts]) == 9
     torch.testing.assert_close(found[parts][0], found[1][0], rtol=0, atol=1e-6)
@@ -509,7 +578,12 @@ def test_the_order_in_which_parts_are_ready_does_not_matter(two_threads: None) -
     for _ in range(3):
         model = new_model(dropout=0.0)
         values, labels = separable()
-        fit(model, InParts(values, labels, 16, 1, 4), scorer(values, labels, torch.ones(2)), SCHEDULE, torch.ones(2))
+        fit(
+            model,
+            InParts(values, labels, torch.ones(len(labels)), 16, 1, 4),
+            scorer(values, labels, torch.ones(2)),
+            SCHEDULE,
+        )
         states.append(state_bytes(model))
     assert len(set(states)) == 1
 
@@ -538,9 +612,9 @@ def test_when_memory_runs_out_batches_are_halved_and_gradients_accumulated(two_t
     for most in (16, 3):
         for parts in (1, 2):
             model = new_model(dropout=0.0)
-            batches = InParts(values, labels, 16, 1, parts)
+            batches = InParts(values, labels, weights[labels], 16, 1, parts)
             checkpoints = Checkpoints(tmp_path / f"{most}-{parts}", 1e9, said.append)
-            history = fit(Greedy(model, most), batches, validate, SCHEDULE, weights, checkpoints=checkpoints)
+            history = fit(Greedy(model, most), batches, validate, SCHEDULE, checkpoints=checkpoints)
             ends.append((history.epochs[-1].train_loss, history.epochs[-1].validation_loss))
     assert said == [
         *(f"Memory ran out: each batch is now computed in {times} times as many pieces." for times in (2, 4, 8)),
@@ -555,16 +629,16 @@ def test_a_resumed_run_has_pieces_of_the_same_size(tmp_path: Path) -> None:
 
     def end(batches: FeatureBatches, checkpoints: Checkpoints | None = None) -> bytes:
         model = new_model(dropout=0.0)
-        fit(Greedy(model, 5), batches, validate, TUNED, torch.ones(2), checkpoints=checkpoints)
+        fit(Greedy(model, 5), batches, validate, TUNED, checkpoints=checkpoints)
         return state_bytes(model)
 
-    expected = end(FeatureBatches(values, labels, 16, 1))
+    expected = end(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1))
     with pytest.raises(TerminatedError):
-        end(Stopping(values, labels, 16, 1, (1, 2)), Checkpoints(tmp_path, 1e9))
+        end(Stopping(values, labels, torch.ones(len(labels)), 16, 1, (1, 2)), Checkpoints(tmp_path, 1e9))
     found = Checkpoints(tmp_path, 1e9).newest()
     assert found is not None
     assert found[1]["halvings"] == 2
-    assert end(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9)) == expected
+    assert end(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1), Checkpoints(tmp_path, 1e9)) == expected
 
 
 def test_where_one_text_is_too_much_the_sentence_says_what_to_do() -> None:
@@ -572,10 +646,9 @@ def test_where_one_text_is_too_much_the_sentence_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"even with one text at a time\. Thaw fewer layers"):
         fit(
             Greedy(new_model(), 0),
-            FeatureBatches(values, labels, 16, 1),
+            FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1),
             scorer(values, labels, torch.ones(2)),
             SCHEDULE,
-            torch.ones(2),
         )
 
 
@@ -584,10 +657,9 @@ def test_any_other_error_is_passed_on() -> None:
     with pytest.raises(RuntimeError, match="must match the size"):
         fit(
             new_model(),
-            FeatureBatches(values[:, :5], labels, 16, 1),
+            FeatureBatches(values[:, :5], labels, torch.ones(len(labels)), 16, 1),
             scorer(values, labels, torch.ones(2)),
             SCHEDULE,
-            torch.ones(2),
         )
 
 
@@ -621,7 +693,7 @@ def tune(batches: FeatureBatches, checkpoints: Checkpoints | None = None, schedu
     model = new_model(dropout=0.0, width=8)
     model.layers[0].bias.requires_grad_(requires_grad=False)
     validate = scorer(*separable(60, seed=9), torch.ones(2))
-    history = fit(model, batches, validate, schedule, torch.ones(2), checkpoints=checkpoints)
+    history = fit(model, batches, validate, schedule, checkpoints=checkpoints)
     numbers = [(epoch.train_loss, epoch.validation_loss, epoch.validation_accuracy) for epoch in history.epochs]
     return state_bytes(model), numbers, history.best
 
@@ -635,11 +707,11 @@ def tune(batches: FeatureBatches, checkpoints: Checkpoints | None = None, schedu
 )
 def test_resumed_training_ends_in_the_same_bytes(at: tuple[int, int], by: str, tmp_path: Path) -> None:
     values, labels = separable()
-    expected = tune(FeatureBatches(values, labels, 16, 1))
+    expected = tune(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1))
     minutes = 1e9 if by == "SIGTERM" else 1e-9
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises((TerminatedError, StoppedError)) as ended:
-        tune(Stopping(values, labels, 16, 1, at, by), Checkpoints(tmp_path, minutes))
+        tune(Stopping(values, labels, torch.ones(len(labels)), 16, 1, at, by), Checkpoints(tmp_path, minutes))
     assert signal.getsignal(signal.SIGTERM) == before
     done = 8 * at[0] + at[1] + (by == "SIGTERM")  # the step that was asked for is taken first
     written = sorted(
@@ -650,30 +722,40 @@ def test_resumed_training_ends_in_the_same_bytes(at: tuple[int, int], by: str, t
         assert ended.value.exit_code == 143
         assert "--resume goes on from it" in str(ended.value)
     said: list[str] = []
-    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, minutes, said.append)) == expected
+    assert (
+        tune(
+            FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1), Checkpoints(tmp_path, minutes, said.append)
+        )
+        == expected
+    )
     assert [one.split(" from ")[0] for one in said] == ["Resumed"] * (done > 0)
 
 
 def test_a_run_stopped_over_and_over_ends_in_the_same_bytes(tmp_path: Path) -> None:
     values, labels = separable()
-    expected = tune(FeatureBatches(values, labels, 16, 1))
+    expected = tune(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1))
     for at in ((0, 2), (0, 6), (1, 1), (1, 7), (3, 0)):
         with pytest.raises(TerminatedError):
-            tune(Stopping(values, labels, 16, 1, at), Checkpoints(tmp_path, 1e9))
-    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9)) == expected
+            tune(Stopping(values, labels, torch.ones(len(labels)), 16, 1, at), Checkpoints(tmp_path, 1e9))
+    assert tune(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1), Checkpoints(tmp_path, 1e9)) == expected
 
 
 def test_patience_that_had_run_out_has_still_run_out_when_resumed(tmp_path: Path) -> None:
     values, labels = separable()
     schedule = replace(TUNED, epochs=9, patience=1, lr=1e-12)  # nothing gets better
-    expected = tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9), schedule)
+    expected = tune(
+        FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1), Checkpoints(tmp_path, 1e9), schedule
+    )
     assert len(expected[1]) < 9
-    assert tune(FeatureBatches(values, labels, 16, 1), Checkpoints(tmp_path, 1e9), schedule) == expected
+    assert (
+        tune(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1), Checkpoints(tmp_path, 1e9), schedule)
+        == expected
+    )
 
 
 def test_sigterm_without_checkpoints_says_that_nothing_was_kept() -> None:
     with pytest.raises(TerminatedError, match="nothing was kept"):
-        tune(Stopping(*separable(), 16, 1, (1, 2)))
+        tune(Stopping(*separable(), torch.ones(120), 16, 1, (1, 2)))
 
 
 def test_sigterm_while_validating_is_heeded_after_the_epoch(tmp_path: Path) -> None:
@@ -681,9 +763,9 @@ def test_sigterm_while_validating_is_heeded_after_the_epoch(tmp_path: Path) -> N
         os.kill(os.getpid(), signal.SIGTERM)
         return 1.0, 0.5
 
-    batches = FeatureBatches(*separable(), 16, 1)
+    batches = FeatureBatches(*separable(), torch.ones(120), 16, 1)
     with pytest.raises(TerminatedError):
-        fit(new_model(), batches, validate, SCHEDULE, torch.ones(2), checkpoints=Checkpoints(tmp_path, 1e9))
+        fit(new_model(), batches, validate, SCHEDULE, checkpoints=Checkpoints(tmp_path, 1e9))
     found = Checkpoints(tmp_path, 1.0).newest()
     assert found is not None
     assert (len(found[1]["epochs"]), found[1]["done"]) == (1, 0)
@@ -695,8 +777,8 @@ def test_training_does_not_start_torchs_compiler() -> None:
 import sys, torch
 from headstart.train import FeatureBatches, Schedule, fit
 model = torch.nn.Linear(3, 2)
-batches = FeatureBatches(torch.ones(8, 3), torch.arange(8) % 2, 4, 1)
-fit(model, batches, lambda _: (0.0, 0.0), Schedule(2, 0.1, 0.0), torch.ones(2))
+batches = FeatureBatches(torch.ones(8, 3), torch.arange(8) % 2, torch.ones(8), 4, 1)
+fit(model, batches, lambda _: (0.0, 0.0), Schedule(2, 0.1, 0.0))
 assert model.weight.grad is not None
 assert "torch._dynamo" not in sys.modules
 """

@@ -15,7 +15,7 @@ from headstart import config, trials
 from headstart.encoder import Encoder, choose_placement
 from headstart.errors import InputError
 from headstart.features import Features, frozen_features
-from headstart.train import History, fit
+from headstart.train import History, Targets, fit
 from headstart.trials import (
     Task,
     TrainedHead,
@@ -48,7 +48,7 @@ def features(encoder: Encoder, _session_cache: None) -> Features:
 def task_of(encoder: Encoder, features: Features, **given: Any) -> Task:
     settings = config.settings("sample", **{"epochs": 8, "batch_size": 16, **given})
     parts = [features.take(np.flatnonzero(rows)) for rows in (~HELD, HELD)]
-    return Task(encoder, parts[0], parts[1], LABELS[~HELD], LABELS[HELD], ("bad", "good"), settings)
+    return Task(encoder, parts[0], parts[1], Targets(LABELS[~HELD]), Targets(LABELS[HELD]), ("bad", "good"), settings)
 
 
 @pytest.fixture
@@ -295,11 +295,11 @@ def test_each_fold_is_scored_by_a_head_that_has_not_seen_it(
         assert epochs == head.history.best + 1
     assert sorted(np.unique(fold_of)) == [0, 1, 2, 3]
     assert (fold_of[0::2] == fold_of[1::2]).all(), "copies share a fold"
-    accuracy = float((logits.argmax(dim=1).numpy() == task.train_labels).mean())
+    accuracy = float((logits.argmax(dim=1).numpy() == task.wanted.labels).mean())
     assert accuracy > 0.6
-    shuffled = replace(task, train_labels=np.random.default_rng(0).permutation(task.train_labels))
+    shuffled = replace(task, wanted=Targets(np.random.default_rng(0).permutation(task.wanted.labels)))
     noise, _ = in_folds(shuffled, head, np.arange(len(task.train)))
-    assert float((noise.argmax(dim=1).numpy() == shuffled.train_labels).mean()) < 0.75, "labels leak into their fold"
+    assert float((noise.argmax(dim=1).numpy() == shuffled.wanted.labels).mean()) < 0.75, "labels leak into their fold"
 
 
 def test_more_folds_than_rows_of_a_label_are_refused(encoder: Encoder, features: Features) -> None:

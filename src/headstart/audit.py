@@ -35,6 +35,7 @@ from headstart.tables import (
     resolve_path,
 )
 from headstart.tokens import advise_length
+from headstart.train import Targets
 from headstart.trials import Task, in_folds, train_head
 
 ADDED = ("row", "issue", "suggested_label", "score")
@@ -86,7 +87,9 @@ def audit(config: TrainConfig, out: Path) -> Audit:
     if there := [name for name in ADDED if name in table.columns]:
         raise DataError(f"{path}: has a column {there[0]!r}, as the audit would add one. Rename it.")
     refuse_nested(path, table.schema, ending)
-    dataset = data.load(config.data, config.text, config.label)
+    dataset = data.load(config.data, config.text, config.label, problem=config.problem)
+    if dataset.problem == "multi":
+        raise InputError(f"{config.data}: audit takes tables with one label a text, and here a text may have several.")
     given = [name for name in (config.validation, config.test) if name]
     others = {name: data.load(name, config.text, config.label, least_rows=1) for name in given}
     encoder = Encoder(config.model, choose_placement(config.device, config.precision))
@@ -94,7 +97,7 @@ def audit(config: TrainConfig, out: Path) -> Audit:
     most = config.max_length or advise_length(tokens.lengths, limit=encoder.max_length, hidden=encoder.hidden).advised
     features = frozen_features(encoder, encoder.tokenizer.truncate(tokens, most))
     labels = meant_labels(dataset)
-    task = Task(encoder, features, features, labels, labels, dataset.names, config)
+    task = Task(encoder, features, features, Targets(labels), Targets(labels), dataset.names, config)
     quality, contradicted = _contradictions(task, dataset)
     rows = np.arange(table.height) + (2 if is_delimited(path) else 1)
     used = np.isin(rows, dataset.rows)
@@ -131,7 +134,7 @@ def _contradictions(task: Task, dataset: Dataset) -> tuple[Shares, list[Finding]
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    labels, rows = task.train_labels, dataset.rows.tolist()
+    labels, rows = task.wanted.labels, dataset.rows.tolist()
     counts = np.bincount(labels, minlength=len(task.names))[labels]
     quality, rare = np.full(len(labels), np.nan), np.flatnonzero(counts < FOLDS).tolist()
     found = [Finding(rows[i], "label too rare to be learnt", f"{counts[i]} of it") for i in rare]
@@ -140,7 +143,7 @@ def _contradictions(task: Task, dataset: Dataset) -> tuple[Shares, list[Finding]
     if len(known) < 2:
         return quality, found
     names = tuple(task.names[label] for label in known.tolist())
-    part = replace(task, train=task.train.take(learnt), train_labels=own, names=names)
+    part = replace(task, train=task.train.take(learnt), wanted=Targets(own), names=names)
     probabilities = out_of_fold(part, dataset.take(learnt).texts)
     quality[learnt] = get_label_quality_scores(own, probabilities, method="normalized_margin")
     for place in np.flatnonzero(find_label_issues(own, probabilities, n_jobs=1)).tolist():
@@ -228,8 +231,7 @@ def out_of_fold(task: Task, texts: Sequence[str]) -> Shares:
     """(n, labels) probabilities of a task's n training texts by heads that have not seen them, nor copies of them."""
     order = np.random.default_rng(task.config.seed).permutation(len(texts))
     held, rest = (np.sort(part) for part in np.split(order, [max(1, round(HELD * len(order)))]))
-    parts = task.train.take(rest), task.train.take(held), task.train_labels[rest], task.train_labels[held]
-    head = train_head(Task(task.encoder, *parts, task.names, task.config))
+    head = train_head(task.fold(rest, held))
     _, groups = np.unique([text_key(text) for text in texts], return_inverse=True)
     total = np.zeros((len(texts), len(task.names)))
     for repeat in range(REPEATS):

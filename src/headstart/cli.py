@@ -13,7 +13,9 @@ from headstart.config import (
     ClassWeight,
     Device,
     HeadKind,
+    Long,
     Precision,
+    ProblemChoice,
     Recipe,
     ServeConfig,
     from_file,
@@ -71,6 +73,8 @@ def train(
     batch_size: Annotated[Whole, opt("--batch-size --per-device-train-batch-size N", "Texts a training step.")] = None,
     lr: Annotated[float | None, opt("--lr --learning-rate X", "AdamW's learning rate.")] = None,
     max_length: Annotated[Words, opt("--max-length --max-seq-length auto|N", "Tokens kept of a text.")] = None,
+    long: Annotated[Long | None, opt("--long", "What is read of texts over max_length.")] = None,
+    problem: Annotated[ProblemChoice | None, opt("--problem", "One label a text, several, or ordered (stars).")] = None,
     class_weight: Annotated[ClassWeight | None, opt("--class-weight", "How classes count in the loss.")] = None,
     seed: Annotated[Whole, opt("--seed N", "Decides split, weights, order (2021).")] = None,
     device: Annotated[Device | None, opt("--device", "Where to compute.")] = None,
@@ -122,9 +126,10 @@ def evaluate(
     precision: PrecisionOption = "auto",
 ) -> None:
     """Test a trained classifier on another labelled table."""
-    from headstart import judge, predict, report
+    from headstart import judge, predict, report, tables
 
-    numbers, notices = judge.evaluate(predict.load(folder, device=device, precision=precision), data, text, label)
+    predictor = predict.load(folder, device=device, precision=precision, texts=tables.count_rows(data))
+    numbers, notices = judge.evaluate(predictor, data, text, label)
     note(*notices)
     say(report.filled("evaluation.txt", {"test": numbers}))
 
@@ -147,9 +152,10 @@ def predict_command(
         raise InputError('Give texts ("…"), a table (--input FILE), or lines on stdin.')
     if output is not None and source in (None, "-"):
         raise InputError("--output goes with --input FILE; labels of single texts are printed.")
-    from headstart import predict
+    from headstart import predict, tables
 
-    predictor = predict.load(folder, device=device, precision=precision, min_confidence=min_confidence)
+    count = 0 if source in (None, "-") else tables.count_rows(source)
+    predictor = predict.load(folder, device=device, precision=precision, min_confidence=min_confidence, texts=count)
     if min_confidence is not None and (held := predict.answered_in_test(Path(folder), min_confidence)) is not None:
         note(f"At least {min_confidence} sure: {held[0]:.0%} of the test texts, {held[1]:.3f} of those right.")
     cut = 0

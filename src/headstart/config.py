@@ -13,7 +13,10 @@ from headstart.errors import InputError
 Recipe = Literal["headstart", "article"]
 HeadKind = Literal["auto", "native", "pooled"]
 Calibration = Literal["temperature", "none"]
-ClassWeight = Literal["balanced", "none"]
+ClassWeight = Literal["auto", "balanced", "none"]
+Problem = Literal["single", "multi", "ordered"]  # one label a text, any number of them, or one of ordered ones
+ProblemChoice = Literal["auto", "single", "multi", "ordered"]
+Long = Literal["truncate", "head-tail", "windows"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -32,6 +35,8 @@ class TrainConfig:
     text: str | None = None  # The column with the text; None: `sentence`, or another usual name when only one is there.
     label: str | None = None  # The column with the label; None: `label`, or another usual name when only one is there.
     label_names: tuple[str, ...] | None = None  # Names to show instead of the labels, in label order.
+    # How many labels a text has: one, any number of several, or one of ordered ones, as stars; `auto`: by the column.
+    problem: ProblemChoice = "auto"
     recipe: Recipe = "headstart"  # The named set of defaults that this run started from.
     model: str = "minilm"  # The encoder: `minilm` (embedded), a Hub id, or a folder.
     # How many of the top layers are trained after the head; `all`: embeddings, too; `auto`: what fits the time budget.
@@ -57,7 +62,9 @@ class TrainConfig:
     weight_decay: float | None = None  # AdamW's weight decay; None: picked on validation data.
     clip_norm: float = 1.0  # Largest gradient norm.
     max_length: int | None = None  # Tokens kept of a text, special ones too; None: from the training texts' lengths.
-    class_weight: ClassWeight = "balanced"  # `balanced`: each class counts alike in the loss; `none`: each text does.
+    long: Long = "truncate"  # Read of a longer text: its beginning, beginning and end, or windows over it.
+    # `balanced`: each class counts alike in the loss; `none`: each text does; `auto`: balanced with one label a text.
+    class_weight: ClassWeight = "auto"
     calibration: Calibration = "temperature"  # Divides logits by what validation data says, in the head's last layer.
     seed: int = 2021  # Decides the split, the first weights and the order of batches.
     device: Device = "auto"  # Where tensors live.
@@ -141,6 +148,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults a
         "batch_size": 32,
         "lr": 1e-5,
         "weight_decay": 0.01,  # AdamW's own default
+        "class_weight": "balanced",
         "calibration": "none",
     },
 }

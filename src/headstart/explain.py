@@ -20,6 +20,7 @@ from headstart.model import TorchClassifier
 from headstart.predict import probabilities_of
 from headstart.prepare import data_fingerprint, prepare
 from headstart.runs import read_json
+from headstart.tokens import ragged
 
 POINTS, FEW = 50, 4  # points on the path: so many that scores add up, and as few as tell the words that count
 AT_ONCE = 4096  # tokens of them that are computed together
@@ -58,47 +59,54 @@ def explain(classifier: TorchClassifier, text: str, points: int = POINTS) -> Exp
         raise InputError("There is nothing to explain in a blank text.")
     scorer, tokenizer = classifier.model, classifier.tokenizer
     encoding = tokenizer.fast.encode(text)
-    ids = torch.from_numpy(tokenizer.truncate(tokenizer([text]), classifier.max_length)[0][None].astype(np.int64))
-    read = ids.shape[1] - (len(tokenizer.suffix) if ids.shape[1] < len(encoding.ids) else 0)
-    masked = ids.clone()
-    masked[0, :read][torch.tensor(encoding.special_tokens_mask[:read]) == 0] = tokenizer.mask_id
+    special, all_ids = np.array(encoding.special_tokens_mask), np.array(encoding.ids, dtype=np.int32)
+    places = tokenizer.places(len(all_ids), classifier.max_length, classifier.long)
+    pieces = ragged([all_ids[one] for one in places])
+    ids, mask = map(torch.from_numpy, pieces.padded(np.arange(len(places)), tokenizer.pad_id))
+    words = torch.from_numpy(ragged([1 - special[one] for one in places]).padded(np.arange(len(places)), 0)[0]) == 1
+    masked = torch.where(words, tokenizer.mask_id, ids)
 
-    def logits_of(states: torch.Tensor) -> torch.Tensor:
-        return scorer.onward(states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)).float()
+    def logits_of(states: torch.Tensor) -> torch.Tensor:  # (n, pieces, length, hidden) to (n, labels)
+        every = mask.to(states.device).repeat(len(states), 1)
+        return scorer.onward(states.flatten(0, 1), every).float().unflatten(0, states.shape[:2]).mean(dim=1)
 
     with torch.no_grad():
         states, start = (scorer.embedded(one.to(scorer.device)) for one in (ids, masked))
-        logits = logits_of(torch.cat([states, start]))
+        logits = logits_of(torch.stack([states, start]))
     best = int(logits[0].argmax())
 
     def log_odds(logits: torch.Tensor) -> torch.Tensor:
         others = torch.cat([logits[:, :best], logits[:, best + 1 :]], dim=1)
-        return logits[:, best] - others.logsumexp(dim=1)
+        alone = classifier.problem == "multi"  # no label speaks against another
+        return logits[:, best] - (0 if alone else others.logsumexp(dim=1))
 
-    shares = integrated_gradients(lambda path: log_odds(logits_of(path)), start, states, points)
-    scores = shares[0].sum(dim=-1).tolist()
-    change = float(-log_odds(logits).diff())
-    words, offsets = [], encoding.offsets[:read]
-    unread = max(high for _, high in offsets)  # words from here on need not be looked for
-    for found in WORDS.finditer(text):
-        places = enumerate(offsets if found.start() < unread else ())
-        own = [scores[i] for i, (low, high) in places if low < found.end() and high > found.start()]
-        words.append(Word(found[0], *found.span(), sum(own) if own else None))
-    confidence = float(probabilities_of(logits[:1].cpu()).max())
-    return Explanation(text, classifier.names[best], confidence, tuple(words), abs(change - sum(scores)))
+    found = integrated_gradients(lambda path: log_odds(logits_of(path)), start, states, points)
+    shares, read = np.zeros(len(all_ids)), np.zeros(len(all_ids), dtype=bool)
+    for place, of_piece in zip(places, found.sum(dim=-1).double().cpu().numpy(), strict=True):
+        shares[place] += of_piece[: len(place)]
+        read[place] = True
+    change, content = float(-log_odds(logits).diff()), np.flatnonzero(special == 0)
+    begins, ends = np.array(encoding.offsets).reshape(-1, 2)[content].T
+    marked = []
+    for word in WORDS.finditer(text):
+        low, high = np.searchsorted(ends, word.start(), "right"), np.searchsorted(begins, word.end(), "left")
+        own = content[low:high][read[content[low:high]]]
+        marked.append(Word(word[0], *word.span(), float(shares[own].sum()) if len(own) else None))
+    confidence = float(probabilities_of(logits[:1].cpu(), classifier.problem).max())
+    return Explanation(text, classifier.names[best], confidence, tuple(marked), abs(change - float(shares.sum())))
 
 
 def integrated_gradients(
     function: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, end: torch.Tensor, points: int
 ) -> torch.Tensor:
-    """What each number of `end`, (1, length, hidden), adds to a function of (n, length, hidden) states to (n,) numbers.
+    """What each number of `end` adds to a function of (n, *its shape) states to (n,) numbers; in the same shape.
 
-    Sundararajan et al. 2017; its integral from `start` to `end` by the midpoint rule. The same shape.
+    Sundararajan et al. 2017; its integral from `start` to `end` by the midpoint rule.
     """
     way, total = end - start, torch.zeros_like(end)
     middles = (torch.arange(points, device=end.device) + 0.5) / points
-    for some in middles.split(max(1, AT_ONCE // end.shape[1])):
-        path = (start + way * some[:, None, None]).requires_grad_()
+    for some in middles.split(max(1, AT_ONCE // end[..., 0].numel())):
+        path = (start + way * some.view(-1, *[1] * end.ndim)).requires_grad_()
         (gradients,) = torch.autograd.grad(function(path).sum(), path)
         total += gradients.sum(dim=0)
     return total / points * way

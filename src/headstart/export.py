@@ -97,13 +97,15 @@ def labelled_texts(run: Path, test: str | None) -> tuple[list[str], list[str]]:
     if test is not None:
         about = read_about(run)
         info, names = about["info"], about["names"]
-        table = data.load(test, *info.get("columns", ()), known=(info.get("labels", names), names), least_rows=1)
-        return table.texts, [table.names[i] for i in table.labels]
+        known: data.Namings = (info.get("labels", names), names)
+        table = data.load(test, *info.get("columns", ()), problem=about["problem"], known=known, least_rows=1)
+        return table.texts, table.written
     path = run / "predictions.csv"
     if not path.is_file():
         raise RunError(f"{run}: has no predictions.csv, so there is nothing to test the export on. Give --test FILE.")
     rows = pl.read_csv(path, infer_schema=False, columns=["text", "label"])
-    return from_spreadsheets(rows["text"]).to_list(), from_spreadsheets(rows["label"]).to_list()
+    texts, labels = (from_spreadsheets(rows[name]).fill_null("").to_list() for name in ("text", "label"))
+    return texts, labels
 
 
 def write_onnx(run: Path, path: Path, precision: Precision, about: Classifier) -> None:

@@ -4,72 +4,89 @@ This room knows which numbers go together. It knows nothing of how a model comes
 the numbers itself.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from headstart import data, metrics, tables
-from headstart.config import Calibration
-from headstart.data import Dataset, Splits
-from headstart.metrics import Labels, Shares
-from headstart.predict import Predictor, probabilities_of
+from headstart import config, data, metrics, tables
+from headstart.data import Dataset, Splits, written
+from headstart.metrics import Calibration, Shares
+from headstart.predict import Decisions, Predictor, decide, probabilities_of
 
 Json = dict[str, Any]
 MISTAKES = 8  # the most confident ones that are shown
 SURE = 0.95  # who contradicts a label so confidently has often found a wrong label
 
 
-def judge(
-    splits: Splits, held: torch.Tensor, tested: torch.Tensor, calibration: Calibration
-) -> tuple[Json, Json, Shares]:
-    """Judge (n, labels) logits of the validation part, on which a temperature is fitted, and of the test part.
+@dataclass(frozen=True)
+class Judged:
+    """The calibration that was fitted, thresholds (of several labels a text), and the test's part of metrics.json.
 
-    Returns the test's part of metrics.json, what only the report shows, and the test part's (n, labels) probabilities.
+    `figures` is what only the report shows, `probabilities` are the test part's, (n, labels).
     """
+
+    calibration: Calibration
+    thresholds: tuple[float, ...]
+    numbers: Json
+    figures: Json
+    probabilities: Shares
+
+
+def calibrated(held: Shares, validation: Dataset, method: config.Calibration) -> tuple[Calibration, tuple[float, ...]]:
+    """What to calibrate a classifier by, and its thresholds, from its (n, labels) logits of validation texts."""
+    labels = held.shape[1]
+    fitted = Calibration(np.ones(labels), np.zeros(labels))
+    if method == "temperature":
+        fitted = metrics.calibrate(held, validation.labels)
+    if validation.problem != "multi":
+        return fitted, ()
+    return fitted, metrics.thresholds_of(probabilities_of(fitted(held), "multi"), validation.labels)
+
+
+def judge(splits: Splits, held: Shares, tested: Shares, method: config.Calibration) -> Judged:
+    """Judge (n, labels) logits of the validation part, on which the calibration is fitted, and of the test part."""
     train, validation, test, *_ = splits
-    names, truth = train.names, test.labels
-    heat = metrics.temperature(held.double().numpy(), validation.labels) if calibration == "temperature" else 1.0
-    raw, said = (probabilities_of(tested / degrees) for degrees in (1.0, heat))
-    predicted, confidence = said.argmax(axis=1), said.max(axis=1)
-    right = predicted == truth
-    numbers = metrics.evaluate(said, truth, names)
+    names, truth, problem = train.names, test.labels, train.problem
+    fitted, thresholds = calibrated(held, validation, method)
+    raw, said = probabilities_of(tested, problem), probabilities_of(fitted(tested), problem)
+    decided = decide(said, thresholds)
+    right, before = metrics.are_right(decided.labels, truth), decide(raw, thresholds and (0.5,) * len(names))
+    was_right = metrics.are_right(before.labels, truth)
+    numbers = metrics.evaluate(said, truth, names, problem, thresholds)
+    own = probabilities_of(fitted(held), problem)
     others = metrics.baselines(train.texts, train.labels, test.texts)
-    after, before = numbers["ece"], metrics.calibration_error(raw, truth)
-    intervals = metrics.f1_intervals(numbers["confusion_matrix"])
+    intervals = metrics.f1_intervals(decided.labels, truth, len(names))
+    errors = {"ece_before": metrics.calibration_error(before.confidence, was_right), "ece_after": numbers["ece"]}
     found: Json = {
         "test": numbers,
-        "validation": metrics.evaluate(probabilities_of(held / heat), validation.labels, names),
+        "validation": metrics.evaluate(own, validation.labels, names, problem, thresholds),
         "baselines": {name: metrics.scores(other, truth) for name, other in others.items()},
-        "comparisons": {name: metrics.comparison(predicted, other, truth) for name, other in others.items()},
+        "comparisons": {name: metrics.comparison(decided.labels, other, truth) for name, other in others.items()},
         "intervals": {**intervals, "f1": dict(zip(names, intervals["f1"], strict=True))},
-        "calibration": {"method": calibration, "temperature": heat, "ece_before": before, "ece_after": after},
-        "coverage": metrics.coverage(confidence, right),
+        "calibration": {"method": method, **fitted.described(), **errors},
+        "coverage": metrics.coverage(decided.confidence, right),
         "slices": metrics.slices(test.texts, truth, right, names, train.texts),
-        "contradicted": int((confidence[~right] >= SURE).sum()),
+        "contradicted": int((decided.confidence[~right] >= SURE).sum()),
     }
+    curves = {"before": (before.confidence, was_right), "after": (decided.confidence, right)}
     figures = {
-        "reliability": {"before": metrics.reliability(raw, truth), "after": metrics.reliability(said, truth)},
+        "reliability": {when: metrics.reliability(*pair) for when, pair in curves.items()},
         "precision_recall": metrics.precision_recall(said, truth),
-        "mistakes": mistakes(test, predicted, confidence),
+        "mistakes": mistakes(test, decided),
     }
-    return found, figures, said
+    return Judged(fitted, thresholds, found, figures, said)
 
 
-def mistakes(test: Dataset, predicted: Labels, confidence: Shares) -> list[Json]:
+def mistakes(test: Dataset, decided: Decisions) -> list[Json]:
     """The most confident wrong answers: their row, text, label, prediction and confidence."""
-    wrong = np.flatnonzero(predicted != test.labels)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
-    return [
-        {
-            "row": int(test.rows[i]),
-            "text": test.texts[i],
-            "label": test.names[test.labels[i]],
-            "prediction": test.names[predicted[i]],
-            "confidence": float(confidence[i]),
-        }
-        for i in worst
-    ]
+    wrong = np.flatnonzero(~metrics.are_right(decided.labels, test.labels))
+    worst = wrong[np.argsort(-decided.confidence[wrong], kind="stable")][:MISTAKES]
+    some = test.take(worst)
+    said = written(decided.labels[worst], test.names)
+    columns = (some.rows.tolist(), some.texts, some.written, said, decided.confidence[worst].tolist())
+    keys = ("row", "text", "label", "prediction", "confidence")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def evaluate(
@@ -79,13 +96,15 @@ def evaluate(
 
     Returns its numbers (see `metrics.evaluate`), and a sentence for each thing found in the table.
     """
-    info, names = predictor.classifier.info, predictor.names
+    classifier = predictor.classifier
+    info, names, problem = classifier.info, predictor.names, classifier.problem
     columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
     usual = (name if name in columns else None for name in info.get("columns", (None, None)))
     text, label = (given or trained for given, trained in zip((text, label), usual, strict=True))
-    table = data.load(source, text, label, known=(info.get("labels", names), names), least_rows=1)
+    known = (info.get("labels", names), names)
+    table = data.load(source, text, label, problem=problem, known=known, least_rows=1)
     scores = predictor.score(table.texts, progress="scoring")
     notices = list(table.notices)
     if cut := int(scores.cut.sum()):
-        notices.append(f"{cut:,} of {len(table):,} texts were cut to {predictor.classifier.max_length} tokens.")
-    return metrics.evaluate(scores.probabilities, table.labels, names), notices
+        notices.append(f"{cut:,} of {len(table):,} texts were cut to {classifier.max_length} tokens.")
+    return metrics.evaluate(scores.probabilities, table.labels, names, problem, classifier.thresholds), notices

@@ -2,43 +2,77 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from headstart.config import Problem
+from headstart.data import indicators
 from headstart.errors import printable
+from headstart.predict import decide
 
 ECE_BINS = 15
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-PRIOR = 0.5  # standard deviation of the temperature's logarithm, before any text is seen
+PRIOR = 0.5  # standard deviation of the logarithm of what logits are multiplied by, and of what is added to them
+LEAST_POSITIVE = 5  # validation texts of a label, with fewer of which its threshold stays at one half
 DRAWS, POINTS, LEAST_ROWS = 10_000, 60, 20
 WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 NEGATION = re.compile(r"(?i)\b(?:not?|never|none|nobody|nothing|nowhere|neither|nor|cannot|without)\b|n\s?['\u2019]t\b")
-Labels = NDArray[np.int64]  # (n,) label indexes
+Labels = NDArray[np.int64]  # (n,) label indexes, or (n, labels) of 0 and 1 where a text may have several
 Shares = NDArray[np.float64]  # (n, labels) probabilities
 
 
-def evaluate(probabilities: Shares, truth: Labels, names: Sequence[str]) -> dict[str, Any]:
-    """The numbers of `metrics.json`, from (n, labels) probabilities, (n,) true label indexes, names in label order."""
-    from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
+def evaluate(
+    probabilities: Shares,
+    truth: Labels,
+    names: Sequence[str],
+    problem: Problem = "single",
+    thresholds: Sequence[float] = (),
+) -> dict[str, Any]:
+    """The numbers of `metrics.json`, from (n, labels) probabilities, true labels, names in label order.
 
-    classes, predicted = range(len(names)), probabilities.argmax(axis=1)
-    columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0.0)
+    With several labels a text accuracy is the share of texts whose labels are all right; the confusion matrix is then
+    one of two rows (texts without the label, texts with it) for each label.
+    """
+    from sklearn import metrics
+
+    several, classes = problem == "multi", range(len(names))
+    said, confidence = decide(probabilities, thresholds)
+    right = are_right(said, truth)
+    columns = metrics.precision_recall_fscore_support(truth, said, labels=classes, zero_division=0.0)
     rows = pl.DataFrame(columns, schema=["precision", "recall", "f1", "support"]).to_dicts()
-    per_label = dict(zip(names, rows, strict=True))
+    if several:
+        shares, own = np.stack([1 - probabilities, probabilities], axis=-1).reshape(-1, 2), truth.flatten()
+        more: dict[str, Any] = {"micro_f1": float(metrics.f1_score(truth, said, average="micro", zero_division=0.0))}
+        more |= {"log_loss": float(metrics.log_loss(own, shares, labels=(0, 1))), "thresholds": list(thresholds)}
+        matrix = metrics.multilabel_confusion_matrix(truth, said)
+    else:
+        more = {"log_loss": float(metrics.log_loss(truth, probabilities, labels=classes))}
+        matrix = metrics.confusion_matrix(truth, said, labels=classes)
+    if problem == "ordered":
+        more["mean_absolute_error"] = float(np.abs(said - truth).mean())
+        is_defined = len(np.unique([truth, said])) > 1
+        kappa = metrics.cohen_kappa_score(truth, said, labels=classes, weights="quadratic") if is_defined else 0.0
+        more["quadratic_kappa"] = float(kappa)
     return {
         "n": len(truth),
-        **scores(predicted, truth),
-        "accuracy_ci95": accuracy_interval(int((predicted == truth).sum()), len(truth)),
-        "log_loss": float(log_loss(truth, probabilities, labels=classes)),
-        "ece": calibration_error(probabilities, truth),
-        "per_label": per_label,
-        "confusion_matrix": confusion_matrix(truth, predicted, labels=classes).tolist(),
+        **scores(said, truth),
+        "accuracy_ci95": accuracy_interval(int(right.sum()), len(truth)),
+        **more,
+        "ece": calibration_error(confidence, right),
+        "per_label": dict(zip(names, rows, strict=True)),
+        "confusion_matrix": matrix.tolist(),
         "labels": list(names),
     }
+
+
+def are_right(said: Labels, truth: Labels) -> NDArray[np.bool_]:
+    """(n,) whether each text was given its label, or all its labels and no other."""
+    return said == truth if truth.ndim == 1 else (said == truth).all(axis=1)
 
 
 def accuracy_interval(correct: int, n: int) -> list[float]:
@@ -48,15 +82,14 @@ def accuracy_interval(correct: int, n: int) -> list[float]:
     return [float(end) for end in binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")]
 
 
-def calibration_error(probabilities: Shares, truth: Labels) -> float:
-    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, equation 3)."""
-    bins = reliability(probabilities, truth)
-    return sum(one["n"] * abs(one["accuracy"] - one["confidence"]) for one in bins) / len(truth)
+def calibration_error(confidence: Shares, right: NDArray[np.bool_]) -> float:
+    """Expected calibration error over 15 equal bins of (n,) confidence (Guo et al. 2017, equation 3)."""
+    bins = reliability(confidence, right)
+    return sum(one["n"] * abs(one["accuracy"] - one["confidence"]) for one in bins) / len(right)
 
 
-def reliability(probabilities: Shares, truth: Labels) -> list[dict[str, float]]:
+def reliability(confidence: Shares, right: NDArray[np.bool_]) -> list[dict[str, float]]:
     """Mean confidence and accuracy in each of 15 equal bins of confidence that has texts, and how many those are."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
     bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
     return [
         {"confidence": float(confidence[here].mean()), "accuracy": float(right[here].mean()), "n": int(here.sum())}
@@ -64,11 +97,62 @@ def reliability(probabilities: Shares, truth: Labels) -> list[dict[str, float]]:
     ]
 
 
-def temperature(logits: NDArray[np.float64], truth: Labels) -> float:
-    """What to divide (n, labels) logits by so that their softmax is calibrated (Guo et al. 2017): the least log loss.
+class Calibration(NamedTuple):
+    """What (n, labels) logits are multiplied by, and what is then added, (labels,) each, to be calibrated."""
 
-    A normal prior on its logarithm keeps it near 1 where texts are few.
+    scale: Shares
+    shift: Shares
+
+    def __call__(self, logits: Shares) -> Shares:
+        """The calibrated logits."""
+        return logits * self.scale + self.shift
+
+    def described(self) -> dict[str, Any]:
+        """For metrics.json: the temperature that all logits are divided by, or each label's scale and shift."""
+        if not self.shift.any() and (self.scale == self.scale[0]).all():
+            return {"temperature": float(1 / self.scale[0])}
+        return {"scale": self.scale.tolist(), "shift": self.shift.tolist()}
+
+
+def calibrate(logits: Shares, truth: Labels) -> Calibration:
+    """What makes probabilities of (n, labels) logits those that validation texts bear out: the least log loss.
+
+    With one label a text all logits are divided by a temperature (Guo et al. 2017); with several, each label's are
+    scaled and shifted (Platt 1999). A normal prior keeps both near what they are where texts are few.
     """
+    from scipy.optimize import minimize
+
+    if truth.ndim == 1:
+        labels = logits.shape[1]
+        return Calibration(np.full(labels, 1 / temperature(logits, truth)), np.zeros(labels))
+
+    def loss(given: Shares, own: Shares, is_it: Labels) -> float:
+        margin = np.where(is_it == 1, 1, -1) * (own * math.exp(given[0]) + given[1])
+        return float(0.5 * (given**2).sum() / PRIOR**2 + np.logaddexp(0, -margin).sum())
+
+    found = [minimize(loss, np.zeros(2), args=pair).x for pair in zip(logits.T, truth.T, strict=True)]
+    logs, shift = np.array(found).T
+    return Calibration(np.exp(logs), shift)
+
+
+def thresholds_of(probabilities: Shares, truth: Labels) -> tuple[float, ...]:
+    """For each of several labels, the least probability at which to give it: the best F1 on validation texts."""
+    from sklearn.metrics import precision_recall_curve
+
+    found = []
+    for share, is_it in zip(probabilities.T, truth.T, strict=True):
+        threshold = 0.5
+        if is_it.sum() >= LEAST_POSITIVE:
+            precision, recall, at = precision_recall_curve(is_it, share)
+            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+            best = int(f1[:-1].argmax())
+            threshold = float((at[best] + at[best - 1]) / 2) if best else float(at[0])
+        found.append(threshold)
+    return tuple(found)
+
+
+def temperature(logits: Shares, truth: Labels) -> float:
+    """What to divide (n, labels) logits by so that their softmax is calibrated; on its logarithm there is a prior."""
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
@@ -90,10 +174,10 @@ def coverage(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[
 
 
 def comparison(mine: Labels, other: Labels, truth: Labels) -> dict[str, Any]:
-    """By how much (n,) predictions are more often right than others, with a 95% interval, and McNemar's exact p."""
+    """By how much predictions are more often right than others, with a 95% interval, and McNemar's exact p."""
     from scipy.stats import binomtest
 
-    right, others = mine == truth, other == truth
+    right, others = are_right(mine, truth), are_right(other, truth)
     n, one, two = len(truth), int((right & ~others).sum()), int((others & ~right).sum())  # those only one has right
     draws = np.random.default_rng(0).multinomial(n, np.array([one, two, n - one - two]) / n, size=DRAWS)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, (0.025, 0.975))
@@ -101,12 +185,12 @@ def comparison(mine: Labels, other: Labels, truth: Labels) -> dict[str, Any]:
     return {"difference": (one - two) / n, "difference_ci95": [float(low), float(high)], "p_value": p}
 
 
-def f1_intervals(matrix: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """95% intervals of macro F1, and of each label's, by the bootstrap: rows are drawn from a confusion matrix."""
-    counts = np.array(matrix)
-    truth, said = np.nonzero(counts)
-    drawn = np.random.default_rng(0).multinomial(counts.sum(), counts[truth, said] / counts.sum(), size=DRAWS // 10)
-    is_true, is_said = (np.float64(side[:, None] == np.arange(len(counts))) for side in (truth, said))
+def f1_intervals(said: Labels, truth: Labels, classes: int) -> dict[str, Any]:
+    """95% intervals of macro F1, and of each label's, by the bootstrap over texts."""
+    both = np.hstack([indicators(truth, classes), indicators(said, classes)])
+    kinds, counts = np.unique(both, axis=0, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(truth), counts / counts.sum(), size=DRAWS // 10)
+    is_true, is_said = np.float64(kinds[:, :classes]), np.float64(kinds[:, classes:])
     support, f1 = drawn @ is_true, 2 * (drawn @ (is_true * is_said)) / np.maximum(drawn @ (is_true + is_said), 1)
     macro = np.nanmean(np.where(support > 0, f1, np.nan), axis=1)
     ends = [np.quantile(one, (0.025, 0.975), axis=0).T.tolist() for one in (macro, f1)]
@@ -117,9 +201,9 @@ def precision_recall(probabilities: Shares, truth: Labels) -> list[dict[str, Any
     """For each label against the rest: average precision, and at most `POINTS` points (recall, precision)."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
-    curves = []
+    curves, own = [], indicators(truth, probabilities.shape[1])
     for label in range(probabilities.shape[1]):
-        is_it, share = truth == label, probabilities[:, label]
+        is_it, share = own[:, label] == 1, probabilities[:, label]
         if is_it.any():
             precision, recall, _ = precision_recall_curve(is_it, share)
             some = np.unique(np.linspace(0, len(recall) - 1, POINTS).astype(int))
@@ -139,7 +223,8 @@ def slices(
     words = [WORD.findall(text.casefold()) for text in texts]
     lengths = np.array([len(some) for some in words])
     short, long = np.quantile(lengths, (0.25, 0.75), method="nearest").tolist()
-    kinds = {f"label {name}": truth == label for label, name in enumerate(names)}
+    own = indicators(truth, len(names)) == 1
+    kinds = {f"label {name}": own[:, label] for label, name in enumerate(names)}
     kinds |= {f"at most {short} words": lengths <= short, f"at least {long} words": lengths >= long}
     kinds["a negation (not, never, n't, …)"] = np.array([bool(NEGATION.search(text)) for text in texts])
     kinds["a word that training never shows"] = np.array([not seen.issuperset(some) for some in words])
@@ -158,9 +243,15 @@ def report_text(numbers: Mapping[str, Any]) -> str:
     from sklearn.metrics import classification_report
 
     shown, counts = list(map(printable, numbers["labels"])), np.array(numbers["confusion_matrix"])
-    truth, said = (np.repeat(side.ravel(), counts.ravel()) for side in np.indices(counts.shape))
-    classes = range(len(shown))
-    return str(classification_report(truth, said, labels=classes, target_names=shown, digits=3, zero_division=0.0))
+    options: dict[str, Any] = {"target_names": shown, "digits": 3, "zero_division": 0.0}
+    if counts.ndim == 2:
+        truth, said = (np.repeat(side.ravel(), counts.ravel()) for side in np.indices(counts.shape))
+        return str(classification_report(truth, said, labels=range(len(shown)), **options))
+    # Each label's column by itself, which is all but the last line, on texts, goes by.
+    truth, said = (
+        np.transpose([np.repeat(side, one.ravel()) for one in counts]) for side in ((0, 0, 1, 1), (0, 1, 0, 1))
+    )
+    return str(classification_report(truth, said, **options)).rstrip().rpartition("\n")[0]
 
 
 def baselines(train_texts: Sequence[str], train_labels: Labels, test_texts: Sequence[str]) -> dict[str, Labels]:
@@ -168,20 +259,28 @@ def baselines(train_texts: Sequence[str], train_labels: Labels, test_texts: Sequ
     from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
 
     majority = DummyClassifier(strategy="most_frequent")
     # Single characters are words in some languages, so the default pattern of two or more will not do.
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    tfidf = make_pipeline(words, LogisticRegression(C=10.0, solver="sag", max_iter=1000, random_state=0))
+    regression = LogisticRegression(C=10.0, solver="sag", max_iter=1000, random_state=0)
+    tfidf = make_pipeline(words, regression if train_labels.ndim == 1 else OneVsRestClassifier(regression))
     worded = any(re.search(r"\w", text) for text in train_texts)  # else there is nothing for TF-IDF to go by
     models = {"majority": majority, "tfidf_logreg": tfidf if worded else majority}
-    return {name: model.fit(train_texts, train_labels).predict(test_texts) for name, model in models.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Label .* is present in", category=UserWarning)
+        return {
+            name: model.fit(train_texts, train_labels).predict(test_texts).astype(np.int64)
+            for name, model in models.items()
+        }
 
 
 def scores(said: Labels, truth: Labels) -> dict[str, float]:
-    """Accuracy and macro F1 (over the labels that are there) of (n,) predictions."""
+    """Accuracy and macro F1 (over the labels that are there) of predictions."""
     from sklearn.metrics import f1_score
 
-    f1 = f1_score(truth, said, labels=np.unique(truth), average="macro", zero_division=0.0)
-    return {"accuracy": float((said == truth).mean()), "macro_f1": float(f1)}
+    there = np.unique(truth) if truth.ndim == 1 else np.flatnonzero(truth.any(axis=0))
+    f1 = f1_score(truth, said, labels=there, average="macro", zero_division=0.0) if len(there) else 0.0
+    return {"accuracy": float(are_right(said, truth).mean()), "macro_f1": float(f1)}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from headstart.config import Problem
 from headstart.encoder import Encoder, Placement, quiet_transformers
 from headstart.engine import NATIVE_HEADS, NativeScorer, PooledScorer, pooled_output, side_by_side, supports
 from headstart.errors import ModelError, RunError, count_of
@@ -211,12 +212,13 @@ class ThawedModel(nn.Module):
         return self.model.cpu().eval()
 
 
-def cool(model: nn.Module, labels: int, temperature: float) -> None:
-    """Divide the logits of a head, or of a model with one, by `temperature`, in its last layer's weights."""
-    last = [one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == labels][-1]
+def rescale(model: nn.Module, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> None:
+    """Multiply the logits of a head, or of a model with one, and add to them, (labels,) each, in its last layer."""
+    last = [one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == len(scale)][-1]
     with torch.no_grad():
-        for weights in last.parameters():
-            weights /= temperature
+        last.weight *= torch.from_numpy(scale).float()[:, None]
+        last.bias *= torch.from_numpy(scale).float()
+        last.bias += torch.from_numpy(shift).float()
 
 
 def native_feature(encoder: Encoder) -> str:
@@ -227,8 +229,7 @@ def native_feature(encoder: Encoder) -> str:
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:
     """What a transformers configuration says of the labels."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {**labels, "problem_type": "single_label_classification"}
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 @dataclass(frozen=True)
@@ -272,16 +273,19 @@ class LibraryScorer:
         return self.model(inputs_embeds=states, attention_mask=mask).logits
 
 
-def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int) -> None:
+def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int, problem: Problem) -> None:
     """Write a `PooledModel` or a transformers model, and the encoder's tokenizer, as a Hugging Face model folder."""
+    problem_type = f"{'multi' if problem == 'multi' else 'single'}_label_classification"  # which decides its loss
     tokenizer = copy.deepcopy(encoder.hf_tokenizer)
     tokenizer.model_max_length = max_length  # where transformers reads it
     with quiet_transformers():
         tokenizer.save_pretrained(folder)
         if not isinstance(model, PooledModel):
+            model.config.problem_type = problem_type
             model.save_pretrained(folder)
             return
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
+    config = json.dumps({**model.config, "problem_type": problem_type}, indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     save_file(model.tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(Path(__file__).with_name("modeling_headstart.py"), folder / "modeling_headstart.py")
 

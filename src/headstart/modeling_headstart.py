@@ -92,5 +92,9 @@ class HeadstartForSequenceClassification(PreTrainedModel):
             layer = pooler if isinstance(pooler, nn.Linear) else pooler.dense  # ALBERT's has no `dense`
             parts[place] = torch.tanh(layer(parts[place].to(states[0].dtype))).float()
         logits = self.head["layers"]((torch.cat(parts, dim=1) - self.head.mean) * self.head.scale)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None and self.config.problem_type == "multi_label_classification":
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+        elif labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

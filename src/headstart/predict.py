@@ -16,7 +16,8 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 from polars.io.plugins import register_io_source
 
-from headstart.config import Device, Precision
+from headstart.config import Device, Precision, Problem
+from headstart.data import written
 from headstart.errors import DataError, InputError, disk_errors
 from headstart.folders import whole_file
 from headstart.onnx import is_exported, load_exported
@@ -26,6 +27,7 @@ from headstart.tables import file_format, find_column, parsing, refuse_nested, r
 from headstart.tokens import Tokens, like_length_batches
 
 CHUNK_ROWS = 2048
+EXACT_ROWS = 4096  # up to so many texts are scored in fp32, which takes seconds, and gives what transformers gives
 ABSTAIN = "abstain"  # the answer where confidence is under the least asked for
 SMALLEST_CHUNK = 64  # fewer texts than this are not worth another thread
 MOST_REMEMBERED = 50_000  # answers kept, some 300 bytes each, so that a text that comes again is not scored again
@@ -33,11 +35,31 @@ READ_AHEAD = {"POLARS_CSV_CHUNK_SIZE": "1000000", "POLARS_CSV_CHUNK_PREFETCH_LIM
 """Left to itself polars reads a few hundred megabytes of a CSV ahead of a slow reader, which scoring is."""
 
 
-def probabilities_of(logits: ArrayLike) -> NDArray[np.float64]:
-    """Softmax of (n, labels) logits, in double precision so that rows sum to 1."""
+def probabilities_of(logits: ArrayLike, problem: Problem = "single") -> NDArray[np.float64]:
+    """Softmax of (n, labels) logits, in double precision so that rows sum to 1; with `multi`, each label's own."""
     exact = np.asarray(logits, np.float64)
+    if problem == "multi":
+        return np.exp(-np.logaddexp(0, -exact))
     powers = np.exp(exact - exact.max(axis=1, keepdims=True, initial=-np.inf))
     return powers / powers.sum(axis=1, keepdims=True)
+
+
+class Decisions(NamedTuple):
+    """Of n texts the label, (n,) indexes, or (n, labels) of 0 and 1; and (n,) the probability that it is right."""
+
+    labels: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+
+
+def decide(probabilities: NDArray[np.float64], thresholds: Sequence[float] = ()) -> Decisions:
+    """The likeliest label; or, where there are `thresholds`, all labels whose probability is no less than theirs.
+
+    Those are then as likely to be all right as if they were independent of each other.
+    """
+    if not thresholds:
+        return Decisions(probabilities.argmax(axis=1), probabilities.max(axis=1))
+    said = probabilities >= np.array(thresholds)
+    return Decisions(said.astype(np.int64), np.where(said, probabilities, 1 - probabilities).prod(axis=1))
 
 
 def token_logits(
@@ -71,17 +93,17 @@ class Predictor:
         self.remembered: dict[bytes, tuple[NDArray[np.float64], bool]] = {}
 
     def predict(self, texts: Sequence[str]) -> list[str]:
-        """The likeliest label of each text, or `abstain` below `min_confidence`."""
+        """The label of each text, or labels as `a|b`; `abstain` below `min_confidence`."""
         return self.columns(self.predict_proba(texts))["prediction"].to_list()
 
     def columns(self, probabilities: NDArray[np.float64]) -> dict[str, pl.Series]:
         """`answer_columns`, with `abstain` for a label below `min_confidence`."""
-        columns = answer_columns(probabilities, self.names)
+        columns = answer_columns(probabilities, self.names, self.classifier.thresholds)
         sure = columns["confidence"] >= self.min_confidence
         return {**columns, "prediction": columns["prediction"].zip_with(sure, pl.Series([ABSTAIN]))}
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """(n, labels) probabilities, columns in label order."""
+        """(n, labels) probabilities, columns in label order; they sum to 1 where a text has one label."""
         return self.score(texts).probabilities
 
     def score(self, texts: Sequence[str], *, progress: str | None = None) -> Scores:
@@ -104,31 +126,39 @@ class Predictor:
 
     def _score(self, fresh: Sequence[tuple[bytes, str]]) -> dict[bytes, tuple[NDArray[np.float64], bool]]:
         """What to remember of texts, by key, computed on one thread."""
-        tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
+        classifier, tokenizer = self.classifier, self.classifier.tokenizer
         whole = tokenizer([text for _, text in fresh])
-        tokens = tokenizer.truncate(whole, limit)
-        answers = zip(
-            probabilities_of(token_logits(self.classifier, tokens)), (whole.lengths > limit).tolist(), strict=True
-        )
+        read = tokenizer.pieces(whole, classifier.max_length, classifier.long)
+        cut = (whole.lengths > classifier.max_length) & (classifier.long != "windows")
+        probabilities = probabilities_of(read.mean(token_logits(classifier, read.tokens)), classifier.problem)
+        answers = zip(probabilities, cut.tolist(), strict=True)
         return {key: answer for (key, _), answer in zip(fresh, answers, strict=True)}
 
 
 def load(
-    run: str | Path, *, device: Device = "auto", precision: Precision = "auto", min_confidence: float | None = None
+    run: str | Path,
+    *,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    min_confidence: float | None = None,
+    texts: float = 0,
 ) -> Predictor:
     """Load a run folder to predict with; a `RunError` if it is none, or a file in it is missing or damaged.
 
-    What `headstart export` made of it is used, without torch, unless a device or precision is asked for.
+    What `headstart export` made of it is used, without torch, unless a device or precision is asked for. Otherwise,
+    where more than `EXACT_ROWS` `texts` are to come, the fastest precision is taken, else fp32.
     """
     if min_confidence is not None and not 0 <= min_confidence <= 1:
         raise InputError(f"--min-confidence takes a number from 0 to 1, and {min_confidence} was given.")
-    return Predictor(load_classifier(run, device, precision), min_confidence or 0.0)
+    return Predictor(load_classifier(run, device, precision, texts), min_confidence or 0.0)
 
 
-def load_classifier(run: str | Path, device: Device, precision: Precision) -> Classifier:
+def load_classifier(run: str | Path, device: Device, precision: Precision, texts: float) -> Classifier:
     """A run folder's classifier, by onnxruntime where it was exported and nothing else is asked for, else by torch."""
     if device in ("auto", "cpu") and precision == "auto" and is_exported(run):
         return load_exported(run)
+    if precision == "auto" and texts <= EXACT_ROWS:
+        precision = "fp32"
     from headstart.encoder import choose_placement
     from headstart.model import load_run
 
@@ -142,7 +172,7 @@ def answered_in_test(run: Path, min_confidence: float) -> tuple[float, float] | 
         return None
     rows = pl.read_csv(path, infer_schema=False)
     answered = rows.filter(pl.col("confidence").cast(pl.Float64) >= min_confidence)
-    right = (answered["label"] == answered["prediction"]).mean()
+    right = answered["label"].eq_missing(answered["prediction"]).mean()  # of no label, both are null
     return (answered.height / rows.height, float(right)) if isinstance(right, float) else None
 
 
@@ -154,11 +184,14 @@ class FileSummary(NamedTuple):
     cut: int
 
 
-def answer_columns(probabilities: NDArray[np.float64], names: Sequence[str]) -> dict[str, pl.Series]:
+def answer_columns(
+    probabilities: NDArray[np.float64], names: Sequence[str], thresholds: Sequence[float] = ()
+) -> dict[str, pl.Series]:
     """`prediction`, `confidence` and `p_NAME` for each label, from (n, labels) probabilities."""
-    best = pl.Series([names[i] for i in probabilities.argmax(axis=1)], dtype=pl.String)
+    said = decide(probabilities, thresholds)
+    best = pl.Series(written(said.labels, names), dtype=pl.String)
     shares = {f"p_{name}": pl.Series(probabilities[:, i]) for i, name in enumerate(names)}
-    return {"prediction": best, "confidence": pl.Series(probabilities.max(axis=1)), **shares}
+    return {"prediction": best, "confidence": pl.Series(said.confidence), **shares}
 
 
 def predict_file(predictor: Predictor, source: str, output: str, text: str | None = None) -> FileSummary:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +19,18 @@ from headstart.errors import DataError, InputError
 from headstart.features import Features, frozen_features
 from headstart.model import check_depth
 from headstart.tokens import LengthAdvice, Tokens, advise_length
+from headstart.train import Targets
 
 PARTS = ("train", "validation", "test")  # as `Splits` has them
+MUCH_LOST = 0.01  # of all tokens
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parts, their labels as the table has them, the encoder, all texts' token ids and features, and max_length.
+    """The parts, their labels as the table has them, the encoder, token ids and features of all that is read of texts.
 
-    `index` is where the texts of each part are among all, `featured` their features, `seconds` what it took.
+    That is a piece of each text, or several where it is long. `index` is where the pieces of each part are among all,
+    `featured` their features, `targets` what its texts should be given; `seconds` is what it took.
     """
 
     splits: Splits
@@ -36,6 +40,7 @@ class Prepared:
     features: Features
     index: tuple[Indexes, Indexes, Indexes]
     featured: tuple[Features, Features, Features]
+    targets: tuple[Targets, Targets, Targets]
     advice: LengthAdvice
     max_length: int
     max_length_reason: str
@@ -44,9 +49,18 @@ class Prepared:
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read, split, tokenise and encode; an `InputError` if the data, the model or a setting cannot be used."""
-    seconds = dict.fromkeys(("read", "tokenize", "encode"), 0.0)
+    seconds = {"read": 0.0}
     with measured(seconds, "read"):
         splits, raw_labels = read(config)
+    found = ready(splits, raw_labels, config)
+    return replace(found, seconds=seconds | found.seconds)
+
+
+def ready(splits: Splits, raw_labels: tuple[str, ...], config: TrainConfig) -> Prepared:
+    """All of `prepare` that comes after reading; the test part may be empty."""
+    seconds = dict.fromkeys(("tokenize", "encode"), 0.0)
+    if splits.train.problem == "multi" and config.recipe == "article":
+        raise InputError("--recipe article is for one label a text; leave it out.")
     placement = choose_placement(config.device, config.precision)
     with measured(seconds, "encode"):
         encoder = Encoder(config.model, placement)
@@ -54,16 +68,21 @@ def prepare(config: TrainConfig) -> Prepared:
         check_depth(encoder, int(config.thaw))
     parts = splits[:3]
     with measured(seconds, "tokenize"):
-        tokens = encoder.tokenizer([text for part in parts for text in part.texts], progress="tokenizing")
-        advice = advise_length(tokens.lengths[: len(splits.train)], limit=encoder.max_length, hidden=encoder.hidden)
+        whole = encoder.tokenizer([text for part in parts for text in part.texts], progress="tokenizing")
+        advice = advise_length(whole.lengths[: len(splits.train)], limit=encoder.max_length, hidden=encoder.hidden)
         max_length, why = choose_length(config, advice, encoder)
-        cut = encoder.tokenizer.truncate(tokens, max_length)
+        read = encoder.tokenizer.pieces(whole, max_length, config.long)
     with measured(seconds, "encode"):
-        features = frozen_features(encoder, cut)
-    train, validation, test = np.split(np.arange(len(tokens)), np.cumsum([len(part) for part in parts])[:-1])
-    featured = features.take(train), features.take(validation), features.take(test)
-    index = train, validation, test
-    return Prepared(splits, raw_labels, encoder, cut, features, index, featured, advice, max_length, why, seconds)
+        features = frozen_features(encoder, read.tokens)
+    counts = np.split(read.counts, np.cumsum([len(part) for part in parts])[:-1])
+    index = np.split(np.arange(len(read.tokens)), np.cumsum([some.sum() for some in counts])[:-1])
+    several = len(read.tokens) > len(read.counts)
+    targets = (
+        Targets(part.labels, part.weights, some if several else None) for part, some in zip(parts, counts, strict=True)
+    )
+    featured, parted = tuple(features.take(some) for some in index), (tuple(index), tuple(targets))
+    found: Any = (encoder, read.tokens, features, parted[0], featured, parted[1], advice, max_length, why, seconds)
+    return Prepared(splits, raw_labels, *found)
 
 
 @contextlib.contextmanager
@@ -77,13 +96,14 @@ def measured(seconds: dict[str, float], part: str) -> Iterator[None]:
 def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
     """The three parts, with the names to show, and the labels as the table has them; all problems are told at once."""
     problems: list[str] = []
-    whole = data.load(config.data, config.text, config.label)
+    whole = data.load(config.data, config.text, config.label, problem=config.problem)
     shown = config.label_names or whole.names
     given: dict[str, Dataset | None] = {"validation": None, "test": None}
     for name in given:
         if source := getattr(config, name):
             try:
-                table = data.load(source, config.text, config.label, known=[whole.names], least_rows=1)
+                same: dict[str, Any] = {"problem": whole.problem, "known": [whole.names], "least_rows": 1}
+                table = data.load(source, config.text, config.label, **same)
                 given[name] = replace(table, names=shown)
             except DataError as error:
                 problems.extend(error.problems)
@@ -101,14 +121,22 @@ def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
 
 def choose_length(config: TrainConfig, advice: LengthAdvice, encoder: Encoder) -> tuple[int, str]:
     """The max_length to use and why; an `InputError` if the one asked for is over what the model takes."""
-    if config.max_length is None:
-        return advice.advised, advice.reason
-    if config.max_length > encoder.max_length:
+    length, why = config.max_length or advice.advised, advice.reason
+    if length > encoder.max_length:
         most = f"{config.model} takes at most {encoder.max_length} tokens"
-        raise InputError(f"--max-length {config.max_length}: {most}. The texts suggest {advice.advised}.")
-    cut = float((advice.lengths > config.max_length).mean())
-    source = "the article's" if config.recipe == "article" else "as asked"
-    return config.max_length, f"{source}; {cut:.1%} of the training texts are cut (advised: {advice.advised})"
+        raise InputError(f"--max-length {length}: {most}. The texts suggest {advice.advised}.")
+    longer, lost = (advice.lengths > length).mean(), (advice.lengths - length).clip(0).sum() / advice.lengths.sum()
+    if config.max_length is not None:
+        source = "the article's" if config.recipe == "article" else "as asked"
+        why = f"{source}; {longer:.1%} of the training texts are longer (advised: {advice.advised})"
+    if not longer:
+        return length, why
+    read = {
+        "truncate": f"{lost:.2%} of all tokens are cut off" + (", see --long" if lost >= MUCH_LOST else ""),
+        "head-tail": f"of those the beginning and the end are read, and {lost:.2%} of all tokens are not",
+        "windows": "those are read in windows",
+    }
+    return length, f"{why}; {read[config.long]}"
 
 
 def data_fingerprint(splits: Splits) -> dict[str, str]:

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_predictions(path: Path, test: Dataset, probabilities: NDArray[np.float64]) -> None:
+def write_predictions(
+    path: Path, test: Dataset, probabilities: NDArray[np.float64], thresholds: Sequence[float] = ()
+) -> None:
     """`predictions.csv`: the test rows with their label, prediction, confidence and all probabilities."""
-    given = {"text": test.texts, "label": [test.names[i] for i in test.labels]}
-    for_spreadsheets(pl.DataFrame(given | answer_columns(probabilities, test.names))).write_csv(path, float_precision=6)
+    given = {"text": test.texts, "label": test.written}
+    rows = pl.DataFrame(given | answer_columns(probabilities, test.names, thresholds))
+    for_spreadsheets(rows).write_csv(path, float_precision=6)
 
 
 def length_bins(lengths: NDArray[np.int64], bins: int = 16) -> tuple[int, int, list[int]]:

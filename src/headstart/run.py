@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headstart import data, report
+from headstart import data, metrics, report
 from headstart.checkpoints import PLAN, Checkpoints, check_out, is_unfinished
 from headstart.config import PLACES, HeadKind, TrainConfig
 from headstart.encoder import Placement
@@ -25,11 +25,12 @@ from headstart.errors import InputError, StoppedEarlyError, disk_errors
 from headstart.explain import FEW, explain
 from headstart.folders import new_folder, whole_file
 from headstart.judge import judge
-from headstart.model import Depth, cool, load_run, save_model
+from headstart.model import Depth, load_run, rescale, save_model
+from headstart.predict import decide, probabilities_of
 from headstart.prepare import PARTS, Prepared, data_fingerprint, default_name, measured, prepare
 from headstart.runs import read_json
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
-from headstart.train import History
+from headstart.train import History, Targets
 from headstart.trials import Task, TrainedHead, in_folds, learning_curve, refit, train_head
 
 LEFT = "Ctrl-C: the checkpoints in {} are left as they are; --resume goes on from the newest."
@@ -86,19 +87,21 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     with measured(seconds, "train"):
         learnt = learn(ready, config, out, announce)
     with measured(seconds, "evaluate"):
-        held, tested = learnt.validation_logits, learnt.test_logits
-        numbers, figures, probabilities = judge(splits, held, tested, config.calibration)
-        cool(learnt.module, len(names), numbers["calibration"]["temperature"])
+        held, tested = (logits.double().numpy() for logits in (learnt.validation_logits, learnt.test_logits))
+        judged = judge(splits, held, tested, config.calibration)
+        rescale(learnt.module, *judged.calibration)
+    numbers, figures = judged.numbers, judged.figures
     numbers["stages"] = [stage_record(name, history) for name, history in learnt.stages.items()]
     numbers |= {"learning_curve": learnt.learning_curve, "features": ready.features.cost()}
     numbers |= {"folds": learnt.folds} if learnt.folds is not None else {}
-    info = record(ready, config, learnt, out) | {"calibration": numbers["calibration"]}
-    counts = np.bincount(splits.train.labels, minlength=len(names)).tolist()
+    info = record(ready, config, learnt, out)
+    info |= {"calibration": numbers["calibration"], "thresholds": list(judged.thresholds)}
+    counts = splits.train.counts.tolist()
     figures |= {"histories": learnt.stages, "balance": dict(zip(names, counts, strict=True))}
     figures["lengths"] = report.length_bins(ready.advice.lengths)
     with new_folder(out, overwrite=config.overwrite or is_unfinished(out)) as folder:
-        save_model(folder, learnt.model.whole(names), ready.encoder, ready.max_length)
-        report.write_predictions(folder / "predictions.csv", splits.test, probabilities)
+        save_model(folder, learnt.model.whole(names), ready.encoder, ready.max_length, splits.train.problem)
+        report.write_predictions(folder / "predictions.csv", splits.test, judged.probabilities, judged.thresholds)
         figures["mistakes"] = coloured(folder, figures["mistakes"], ready.encoder.placement)
         total = {**seconds, "total": time.time() - started}
         numbers["timing"] = info["timing"] = {name: round(value, 3) for name, value in total.items()}
@@ -124,9 +127,7 @@ def head_settings(config: TrainConfig) -> TrainConfig:
 
 def head_task(ready: Prepared, config: TrainConfig) -> Task:
     """What a head is trained for."""
-    train, validation, *_ = ready.splits
-    seen, held, _ = ready.featured
-    return Task(ready.encoder, seen, held, train.labels, validation.labels, train.names, config)
+    return Task(ready.encoder, *ready.featured[:2], *ready.targets[:2], ready.splits.train.names, config)
 
 
 def fine_tuning(ready: Prepared, config: TrainConfig, probe: TrainedHead | None = None) -> FineTuning:
@@ -136,11 +137,9 @@ def fine_tuning(ready: Prepared, config: TrainConfig, probe: TrainedHead | None 
         probe = train_head(head_task(ready, plain))
     if probe.history.interrupted:
         raise KeyboardInterrupt
-    train, validation, *_ = ready.splits
-    start = probe.whole(train.names)
-    return FineTuning(
-        ready.encoder, ready.tokens, ready.index, train.labels, validation.labels, train.names, config, start
-    )
+    names = ready.splits.train.names
+    start = probe.whole(names)
+    return FineTuning(ready.encoder, ready.tokens, ready.index, ready.targets, names, config, start)
 
 
 def learn(ready: Prepared, config: TrainConfig, out: Path, announce: Announce) -> Learnt:
@@ -166,7 +165,8 @@ def learn(ready: Prepared, config: TrainConfig, out: Path, announce: Announce) -
         held, tested = fine.validation_logits, fine.test_logits
         return Learnt(fine, fine.model, held, tested, stages, plan, cross, interrupted, curve)
     # A head trained on all but test is validated by the one that has not seen the validation part.
-    held, tested = chosen.logits(ready.featured[1]), head.logits(ready.featured[2])
+    held = ready.targets[1].mean(chosen.logits(ready.featured[1]))
+    tested = ready.targets[2].mean(head.logits(ready.featured[2]))
     return Learnt(head, head.head, held, tested, stages, plan, cross, interrupted, curve)
 
 
@@ -178,6 +178,7 @@ def record(ready: Prepared, config: TrainConfig, learnt: Learnt, out: Path) -> J
     info |= {"names": list(train.names), "labels": list(ready.raw_labels), "columns": list(train.columns)}
     info |= {"data": data_fingerprint(splits), "split": dict(zip(PARTS, map(len, splits[:3]), strict=True))}
     info |= {"notices": list(splits.notices)}
+    info |= {"problem": train.problem, "long": config.long}
     info |= {"max_length": ready.max_length, "max_length_reason": ready.max_length_reason}
     info |= {"placement": ready.encoder.placement.reason, "encoder_fingerprint": ready.encoder.fingerprint}
     info |= {"head": model.description(), "history": [asdict(epoch) for epoch in model.history.epochs]}
@@ -287,13 +288,14 @@ def out_folder(config: TrainConfig) -> Path:
 
 def train_on_all(task: Task, chosen: TrainedHead, ready: Prepared) -> tuple[TrainedHead, Json]:
     """Cross-validate a head like `chosen` on all but test and train it there; an `InputError` if a class is small."""
-    parts = ready.splits[:2]
-    texts = [text for part in parts for text in part.texts]
-    labels = np.concatenate([part.labels for part in parts])
-    everything = replace(task, train=ready.features.take(np.concatenate(ready.index[:2])), train_labels=labels)
-    _, groups = np.unique([data.text_key(text) for text in texts], return_inverse=True)
+    wanted = Targets.joined(ready.targets[:2])
+    everything = replace(task, train=ready.features.take(np.concatenate(ready.index[:2])), wanted=wanted)
+    keys = [data.text_key(text) for part in ready.splits[:2] for text in part.texts]
+    _, groups = np.unique(keys, return_inverse=True)
     logits, fold_of = in_folds(everything, chosen, groups)
-    right = logits.argmax(dim=1).numpy() == labels
+    half = () if wanted.labels.ndim == 1 else (0.5,) * len(task.names)
+    said = decide(probabilities_of(logits, ready.splits.train.problem), half).labels
+    right = metrics.are_right(said, wanted.labels)
     accuracy = [float(right[fold_of == fold].mean()) for fold in np.unique(fold_of)]
     spread = {"mean": float(np.mean(accuracy)), "std": float(np.std(accuracy, ddof=1))}
     return refit(everything, chosen), {"k": len(accuracy), "accuracy": accuracy, **spread}

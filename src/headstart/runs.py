@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.config import Long, Problem
 from headstart.errors import RunError
 from headstart.parallel import Given, Made
 from headstart.tokens import Tokenizer
@@ -24,8 +25,11 @@ class Classifier(ABC):
 
     names: tuple[str, ...]  # in label order
     tokenizer: Tokenizer
-    max_length: int  # what a text is cut to, in tokens
+    max_length: int  # the most tokens read at once
     info: dict[str, Any]
+    problem: Problem
+    thresholds: tuple[float, ...]  # of `multi`: the least probability at which a text has each label
+    long: Long  # what is read of a longer text
 
     @property
     @abstractmethod
@@ -53,7 +57,16 @@ def read_about(run: str | Path) -> dict[str, Any]:
     names = tuple(labels[key] for key in sorted(labels, key=int))
     limit = info.get("max_length") or min(int(tokenizer_config.get("model_max_length", 512)), 512)
     pad_id = config.get("encoder", config).get("pad_token_id") or 0
-    return {"names": names, "tokenizer": Tokenizer.from_folder(folder, pad_id), "max_length": limit, "info": info}
+    several = config.get("problem_type") == "multi_label_classification"
+    return {
+        "names": names,
+        "tokenizer": Tokenizer.from_folder(folder, pad_id),
+        "max_length": limit,
+        "info": info,
+        "problem": info.get("problem", "multi" if several else "single"),
+        "thresholds": tuple(info.get("thresholds", [0.5] * len(names) if several else ())),
+        "long": info.get("long", "truncate"),
+    }
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import gzip
 import importlib.resources
 import io
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -76,6 +77,15 @@ def scan(source: str) -> pl.LazyFrame:
     if repeated := sorted(name for name, count in names.items() if name and count > 1):
         raise DataError(f"{source}: the column {repeated[0]!r} appears twice. Rename one of them.")
     return frame.rename(dict(zip(columns, clean, strict=True)))
+
+
+def count_rows(source: str) -> float:
+    """The rows of a table, or infinity where it would have to be fetched; a `DataError` if it is unreadable."""
+    path = resolve_path(source)
+    if path.startswith(REMOTE):
+        return math.inf
+    with parsing(path):
+        return float(scan(path).select(pl.len()).collect().item())
 
 
 def _refuse_no_file(source: str) -> None:
@@ -236,8 +246,9 @@ def read_columns(source: str, **wanted: str | None) -> tuple[pl.DataFrame, tuple
         raise DataError(f"{source}: the text and the label cannot both be the column {found[0]!r}.")
     with parsing(source):
         table = frame.collect()
-    for column in found:
-        if table[column].dtype.is_nested():
+    for role, column in zip(wanted, found, strict=True):
+        inner = getattr(table[column].dtype, "inner", pl.List)  # several labels a text are a list
+        if table[column].dtype.is_nested() and (role == "text" or inner.is_nested()):
             problems.append(f"{source}: the column {column!r} holds lists or records; give one value a row.")
         elif table[column].dtype == pl.Binary:
             try:

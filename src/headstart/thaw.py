@@ -31,7 +31,7 @@ from headstart.folders import reserve, whole_file
 from headstart.model import Depth, ThawedModel
 from headstart.progress import bar
 from headstart.tokens import Tokens, like_length_batches
-from headstart.train import History, Part, Schedule, class_weights, fit, loss_and_accuracy, shuffled
+from headstart.train import History, Part, Schedule, Targets, class_weights, fit, loss_and_accuracy, shuffled
 
 LR, BATCH, WEIGHT_DECAY, WARMUP = 1e-4, 32, 0.01, 0.1
 EPOCHS, STEPS = (3, 6), 650  # between so many epochs, for so many steps: small tables need more (Mosbach et al. 2021)
@@ -106,27 +106,31 @@ class Texts:
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Batches of like length of the texts at (n,) `index` with (n,) `labels`, each cut into parts, one a device."""
+    """Batches of like length of the texts at (n,) `index`, each cut into parts, one a device.
+
+    `wanted` are their labels and what each counts in the loss: see `Targets.by_piece`.
+    """
 
     texts: Texts
     index: Indexes
-    labels: Indexes
+    wanted: tuple[torch.Tensor, torch.Tensor]
     batch_size: int
     seed: int
     devices: Sequence[torch.device]  # a processor's cores are devices too: the same one, named several times
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.batch_size)
+        return math.ceil(len(self.index) / self.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
         """Batches of an epoch from the `start`-th on; the shuffle depends on the seed and `number` alone."""
         order, size = shuffled(len(self), self.seed + 1, number), self.batch_size
         lengths, parts = self.texts.tokens.lengths[self.index], len(self.devices)
-        windows = shuffled(len(self.labels), self.seed, number).split(WINDOW * size)
+        windows = shuffled(len(self.index), self.seed, number).split(WINDOW * size)
         ordered = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in map(np.asarray, windows)])
 
         def part(places: Indexes, device: torch.device) -> Part:
-            return self.texts.inputs(self.index[places], device), torch.from_numpy(self.labels[places])
+            labels, weights = (one[torch.from_numpy(places)] for one in self.wanted)
+            return self.texts.inputs(self.index[places], device), labels, weights
 
         for place in order.tolist()[start:]:
             batch = ordered[place * size : (place + 1) * size]
@@ -169,7 +173,7 @@ class Thawed(NamedTuple):
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What is fine-tuned: all texts' token ids, truncated, and which of them train, validate and test, with labels.
+    """What is fine-tuned: the token ids of all pieces of texts, which of them train, validate and test, and as what.
 
     `start` is a `...ForSequenceClassification` model to start from.
     """
@@ -177,8 +181,7 @@ class FineTuning:
     encoder: Encoder
     tokens: Tokens
     parts: tuple[Indexes, Indexes, Indexes]
-    train_labels: Indexes
-    validation_labels: Indexes
+    targets: tuple[Targets, Targets, Targets]
     names: tuple[str, ...]
     config: TrainConfig
     start: Any
@@ -193,7 +196,7 @@ class FineTuning:
         """The settings' schedule, or the defaults of fine-tuning."""
         config = self.config
         decay = WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
-        enough = math.ceil(STEPS / math.ceil(len(self.train_labels) / self.batch_size))
+        enough = math.ceil(STEPS / math.ceil(len(self.parts[0]) / self.batch_size))
         epochs, lr = config.epochs or min(max(enough, EPOCHS[0]), EPOCHS[1]), config.lr or LR
         given = Schedule(epochs, lr, decay, config.clip_norm, config.patience, "most accurate", WARMUP)
         return replace(given, max_steps=config.max_steps)
@@ -204,13 +207,13 @@ class FineTuning:
         below = None if depth == "all" else self.encoder.layers - depth
         return model, Texts(self.encoder, model.ids(self.tokens), below)
 
-    def batches(self, texts: Texts, index: Indexes, labels: Indexes) -> TokenBatches:
-        """Batches of the texts at `index`, of which each core or each GPU takes a part."""
+    def batches(self, texts: Texts, index: Indexes, wanted: tuple[torch.Tensor, torch.Tensor]) -> TokenBatches:
+        """Batches of the pieces at `index`, of which each core or each GPU takes a part."""
         device = self.encoder.placement.device
         devices = [device] * (torch.get_num_threads() if device.type == "cpu" else 1)
         if device.type == "cuda" and self.encoder.engine is not None:  # which can follow its inputs to a device
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        return TokenBatches(texts, index, labels, self.batch_size, self.config.seed, devices)
+        return TokenBatches(texts, index, wanted, self.batch_size, self.config.seed, devices)
 
     def fit(self, depth: Depth, checkpoints: Checkpoints | None = None, deadline: float = math.inf) -> Thawed:
         """Train the top `depth` layers and the head together.
@@ -221,16 +224,19 @@ class FineTuning:
         model, texts = self.thawed(depth)
         if texts.below is not None and self.config.store:
             texts = texts.keep()
-        schedule, count = replace(self.schedule, deadline=deadline), len(self.names)
-        weights = class_weights(self.train_labels, count, self.config.class_weight)
-        truth = torch.from_numpy(self.validation_labels)
+        schedule, (wanted, *others) = replace(self.schedule, deadline=deadline), self.targets
+        classes = class_weights(wanted.labels, len(self.names), self.config.class_weight)
+        truth = others[0].tensors(classes)
+
+        def logits(model: torch.nn.Module, part: int) -> torch.Tensor:
+            return self.targets[part].mean(logits_of(model, texts, self.parts[part], len(self.names)))
 
         def validate(model: torch.nn.Module) -> tuple[float, float]:
-            return loss_and_accuracy(logits_of(model, texts, self.parts[1], count), truth, weights)
+            return loss_and_accuracy(logits(model, 1), *truth)
 
-        batches, label = self.batches(texts, self.parts[0], self.train_labels), f"fine-tuning {layers_text(depth)}"
-        history = fit(model, batches, validate, schedule, weights, checkpoints=checkpoints, label=label)
-        held, test = (logits_of(model, texts, part, count) for part in self.parts[1:])
+        batches, label = self.batches(texts, self.parts[0], wanted.by_piece(classes)), layers_text(depth)
+        history = fit(model, batches, validate, schedule, checkpoints=checkpoints, label=f"fine-tuning {label}")
+        held, test = logits(model, 1), logits(model, 2)
         return Thawed(depth, model.whole(), history, held, test, schedule)
 
 
@@ -283,8 +289,8 @@ def _seconds(task: FineTuning, depth: Depth) -> float:
     quarters = np.array_split(np.arange(len(spread)), PROBES)
     some = np.concatenate([part[max(0, len(part) - size) // 2 :][:size] for part in quarters])  # batches of like length
     schedule = replace(task.schedule, epochs=3, patience=None, max_steps=None, keep="last")
-    batches, weights = task.batches(few, some, np.zeros_like(some)), torch.ones(len(task.names))
-    history = fit(model, batches, lambda model: (0.0, 0.0), schedule, weights)
+    wanted = torch.zeros(len(some), dtype=torch.int64), torch.ones(len(some))
+    history = fit(model, task.batches(few, some, wanted), lambda model: (0.0, 0.0), schedule)
     if history.interrupted:
         raise KeyboardInterrupt
     step = sum(epoch.seconds for epoch in history.epochs[1:]) / 2  # the first compiles kernels

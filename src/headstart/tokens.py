@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
+from headstart.config import Long
 from headstart.errors import ModelError
 from headstart.progress import bar
 
@@ -16,7 +17,10 @@ CANDIDATE_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048
 MOST_CUT = 0.005  # the advised length cuts at most this share of the texts
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 CHUNK = 2_000  # texts tokenized at once
+HEAD = 0.25  # of what is read of a long text by head-tail, the part at its beginning (Sun et al. 2019: 128 of 510)
+STRIDE = 0.75  # of a window, after which the next one begins
 Ints = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,25 @@ class Tokens:
         return ids, mask.astype(np.int64)
 
 
+class Pieces(NamedTuple):
+    """What is read of n texts: pieces of at most max_length tokens, each text's together, and (n,) how many it has."""
+
+    tokens: Tokens
+    counts: Ints
+
+    def mean(self, values: Floats) -> Floats:
+        """(n, k) means over each text's pieces of (pieces, k) values."""
+        return mean_by_text(values, self.counts)
+
+
+def mean_by_text(values: Floats, counts: Ints) -> Floats:
+    """(n, k) means of (pieces, k) values over the pieces of each of n texts, which has so many."""
+    if len(values) == len(counts):
+        return values
+    starts = np.cumsum([0, *counts[:-1]])
+    return (np.add.reduceat(values, starts) / counts[:, None]).astype(values.dtype)
+
+
 def ragged(pieces: Sequence[NDArray[np.int32]]) -> Tokens:
     """Texts of these token ids."""
     return Tokens(np.concatenate([np.empty(0, np.int32), *pieces]), np.cumsum([0, *map(len, pieces)], dtype=np.int64))
@@ -63,10 +86,11 @@ class Tokenizer:
         fast.no_truncation()
         self.fast, self.pad_id = fast, pad_id
         probe = fast.encode("a")
-        content = (i for i, special in enumerate(probe.special_tokens_mask) if not special)
+        content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
         masks = (fast.token_to_id(name) for name in ("[MASK]", "<mask>"))
         self.mask_id: int = next((one for one in masks if one is not None), pad_id)  # stands for any word
-        self.suffix = np.array(probe.ids[max(content, default=len(probe.ids) - 2) + 1 :], dtype=np.int32)
+        self.before = content[0] if content else len(probe.ids) - 1  # special tokens before a text, and after it
+        self.after = len(probe.ids) - 1 - (content[-1] if content else len(probe.ids) - 2)
 
     @classmethod
     def from_folder(cls, folder: Path, pad_id: int) -> "Tokenizer":
@@ -91,18 +115,42 @@ class Tokenizer:
 
     def truncate(self, tokens: Tokens, max_length: int) -> Tokens:
         """Each text cut to `max_length` tokens, closing special tokens kept, as `tokenizers` truncates."""
+        return self.pieces(tokens, max_length, "truncate").tokens
+
+    def pieces(self, tokens: Tokens, max_length: int, long: Long) -> Pieces:
+        """What is read of each text: all of it, or where it has more than `max_length` tokens, as `long` says."""
+        counts = np.ones(len(tokens), dtype=np.int64)
         if not (tokens.lengths > max_length).any():
-            return tokens
-        keep = max_length - len(self.suffix)
-        pieces = (tokens[i] for i in range(len(tokens)))
-        return ragged([np.append(ids[:keep], self.suffix) if len(ids) > max_length else ids for ids in pieces])
+            return Pieces(tokens, counts)
+        found: list[NDArray[np.int32]] = []
+        for i in range(len(tokens)):
+            places = self.places(len(ids := tokens[i]), max_length, long)
+            found.extend(ids[one] for one in places)
+            counts[i] = len(places)
+        return Pieces(ragged(found), counts)
+
+    def places(self, length: int, max_length: int, long: Long) -> list[Ints]:
+        """Which tokens are read of a text of `length`: an array of their places for each piece, special ones too."""
+        if length <= max_length:
+            return [np.arange(length)]
+        room, inner = max_length - self.before - self.after, length - self.before - self.after
+        spans = [np.arange(room)]
+        if long == "head-tail":
+            head = round(HEAD * room)
+            spans = [np.append(np.arange(head), np.arange(inner - room + head, inner))]
+        elif long == "windows":
+            step = max(1, int(STRIDE * room))
+            spans = [np.arange(start, min(start + room, inner)) for start in range(0, inner - room + step, step)]
+        ends = np.arange(self.before), np.arange(length - self.after, length)
+        return [np.concatenate([ends[0], self.before + span, ends[1]]) for span in spans]
 
 
 class Candidate(NamedTuple):
-    """What one max_length would do: the share of the texts it cuts, and encoder FLOPs relative to cutting nothing."""
+    """What one max_length does: shares of texts it cuts and of tokens lost, encoder FLOPs beside cutting nothing."""
 
     max_length: int
     cut: float
+    lost: float
     cost: float
 
 
@@ -126,14 +174,21 @@ def advise_length(lengths: Ints, *, limit: int, hidden: int = 768) -> LengthAdvi
     longest, whole = int(lengths.max()), encoder_cost(lengths, hidden)
     usual = [*(length for length in CANDIDATE_LENGTHS if length < limit), limit]
     candidates = tuple(
-        Candidate(length, float((lengths > length).mean()), encoder_cost(np.minimum(lengths, length), hidden) / whole)
+        Candidate(
+            length,
+            float((lengths > length).mean()),
+            float((lengths - length).clip(0).sum() / lengths.sum()),
+            encoder_cost(np.minimum(lengths, length), hidden) / whole,
+        )
         for length in usual[: np.searchsorted(usual, longest) + 1]  # up to the first that cuts nothing
     )
     best = next((one for one in candidates if one.cut <= MOST_CUT), candidates[-1])
     if best.cut > MOST_CUT:
-        reason = f"the most this model takes; {best.cut:.1%} of the texts are cut, the longest has {longest:,} tokens"
+        reason = (
+            f"the most this model takes; {best.cut:.1%} of the texts are longer, the longest has {longest:,} tokens"
+        )
     elif best.cut > 0:
-        reason = f"the shortest usual length that cuts at most {MOST_CUT:.1%} of the texts ({best.cut:.2%} are cut)"
+        reason = f"the shortest usual length that cuts at most {MOST_CUT:.1%} of the texts ({best.cut:.2%} are longer)"
     else:
         reason = f"no text is cut, the longest has {longest:,} tokens"
     quantiles = {level: int(np.quantile(lengths, level, method="higher")) for level in QUANTILES}

@@ -24,13 +24,75 @@ from headstart.config import ClassWeight
 from headstart.engine import side_by_side
 from headstart.errors import InputError, TerminatedError
 from headstart.progress import bar
+from headstart.tokens import mean_by_text
 
 Validate = Callable[[nn.Module], tuple[float, float]]  # mean loss and accuracy, after each epoch, in eval mode
 Keep = Literal["lowest loss", "most accurate", "last"]  # the epoch, on validation data, whose weights are kept
-Part = tuple[Sequence[torch.Tensor], torch.Tensor]  # what a model is called with, and (texts,) labels
+# What a model is called with; (n,) label indexes, or (n, labels) of 0 and 1; and what each counts in the loss.
+Part = tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter beside its steps, as torch names it
 OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|can.t allocate memory|memoryerror")  # as torch's devices say it
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What n texts should be given: `labels`, (n,) indexes or (n, classes) of 0 and 1; and (n,) weights, None: 1 each.
+
+    `pieces` says in how many each text is read, None: in one. Each is learnt from; a text gets their mean logits.
+    """
+
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
+    pieces: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Targets"]) -> "Targets":
+        """Those of several parts, one after the other; either all have weights, and pieces, or none has."""
+        fields: Any = zip(*((one.labels, one.weights, one.pieces) for one in parts), strict=True)
+        found: list[Any] = [None if some[0] is None else np.concatenate(some) for some in fields]
+        return cls(*found)
+
+    @property
+    def seen(self) -> int:
+        """How many labels there are examples of."""
+        return len(np.unique(self.labels)) if self.labels.ndim == 1 else int(self.labels.any(axis=0).sum())
+
+    def take(self, index: NDArray[np.int64]) -> "Targets":
+        """Those of the texts at `index`, in that order."""
+        fields: Any = (self.labels, self.weights, self.pieces)
+        found: list[Any] = [None if one is None else one[index] for one in fields]
+        return Targets(*found)
+
+    def places(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the pieces of the texts at `index` are among all pieces."""
+        if self.pieces is None:
+            return index
+        ends = np.cumsum(self.pieces)
+        return np.concatenate([index[:0], *(np.arange(ends[i] - self.pieces[i], ends[i]) for i in index.tolist())])
+
+    def by_piece(self, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels as the loss takes them, and what each counts in it, by piece; `classes` (classes,) are weights."""
+        labels, weights = self.tensors(classes)
+        if self.pieces is None:
+            return labels, weights
+        pieces = torch.from_numpy(self.pieces)
+        return labels.repeat_interleave(pieces, dim=0), weights.repeat_interleave(pieces, dim=0)
+
+    def tensors(self, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for each text."""
+        labels = torch.from_numpy(self.labels)
+        weights = classes[labels] if labels.ndim == 1 else torch.where(labels > 0, classes, torch.ones(()))
+        if self.weights is not None:
+            weights = weights * torch.from_numpy(self.weights).view(-1, *[1] * (labels.ndim - 1))
+        return labels if labels.ndim == 1 else labels.float(), weights
+
+    def mean(self, logits: torch.Tensor) -> torch.Tensor:
+        """(n, classes) logits of texts from those of their pieces."""
+        return logits if self.pieces is None else torch.from_numpy(mean_by_text(logits.numpy(), self.pieces))
 
 
 class Batches(Protocol):
@@ -45,7 +107,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class FeatureBatches:
-    """Batches of stored features, (n, d) `values` and (n,) `labels`; the last of an epoch may be smaller.
+    """Batches of stored features, (n, d) `values`, `labels` and their `weights`; the last of an epoch may be smaller.
 
     Values are fp32, or bf16: then a model's products are in bf16 too, and its weights stay fp32. The seed and the
     epoch's number decide the order.
@@ -53,6 +115,7 @@ class FeatureBatches:
 
     values: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
     batch_size: int
     seed: int
 
@@ -62,7 +125,7 @@ class FeatureBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
         """Shuffled batches of one part."""
         for index in shuffled(len(self.labels), self.seed, number).split(self.batch_size)[start:]:
-            yield (((self.values[index],), self.labels[index]),)
+            yield (((self.values[index],), self.labels[index], self.weights[index]),)
 
 
 def shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -142,19 +205,31 @@ class History:
 def class_weights(labels: NDArray[np.int64], classes: int, kind: ClassWeight) -> torch.Tensor:
     """(classes,) fp32 weights in the loss; `balanced` is scikit-learn's n / (classes * count).
 
-    A class without rows (possible where a split was given) weighs 1: it is never a target.
+    Where a text may have several labels, `balanced` is how many texts lack a label for each that has it. A class
+    without rows (possible where a split was given) weighs 1: it is never a target.
     """
-    if kind == "none":
+    several = labels.ndim == 2
+    if kind == "none" or (several and kind == "auto"):
         return torch.ones(classes)
-    counts = np.bincount(labels, minlength=classes)
-    balanced = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
-    return torch.from_numpy(np.where(counts, balanced, 1.0)).float()
+    counts = labels.sum(axis=0) if several else np.bincount(labels, minlength=classes)
+    whole = len(labels) - counts if several else len(labels) / np.count_nonzero(counts)
+    return torch.from_numpy(np.where(counts, whole / np.maximum(counts, 1), 1.0)).float()
 
 
-def loss_and_accuracy(logits: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
-    """Class-weighted mean cross-entropy of (n, classes) logits, and the share of them that are right."""
-    loss = nn.functional.cross_entropy(logits, truth, weight=weights)
-    return float(loss), float((logits.argmax(dim=1) == truth).float().mean())
+def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted mean of cross-entropy; where labels are (n, classes) of 0 and 1, of each label's binary one."""
+    if labels.ndim == 1:
+        each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    else:
+        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return (each * weights).sum() / weights.sum().clamp_min(1e-12)
+
+
+def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+    """The weighted loss of (n, classes) logits, and the share of texts whose labels are all right."""
+    several = labels.ndim == 2
+    right = ((logits > 0) == (labels > 0)).all(dim=1) if several else logits.argmax(dim=1) == labels
+    return float(weighted_loss(logits, labels, weights)), float(right.float().mean())
 
 
 def fit(
@@ -162,15 +237,14 @@ def fit(
     batches: Batches,
     validate: Validate,
     schedule: Schedule,
-    weights: torch.Tensor,
     on_epoch: Callable[[int, Epoch], bool] = lambda number, epoch: False,
     checkpoints: Checkpoints | None = None,
     label: str | None = None,
 ) -> History:
     """Train what requires gradients of `model`, which gives (batch, classes) logits, with AdamW on cross-entropy.
 
-    It is left with the weights of its best epoch. A batch's loss is the mean weighted by the (classes,) `weights`;
-    cross-entropy is LogSoftmax and then negative log likelihood, so heads that end in LogSoftmax train as others do.
+    It is left with the weights of its best epoch. A batch's loss is a weighted mean: see `weighted_loss`; cross-entropy
+    is LogSoftmax and then negative log likelihood, so heads that end in LogSoftmax train as others do.
     `on_epoch` is called with an epoch's number and record, and returns whether to stop. Ctrl-C cuts an epoch short and
     keeps the best so far; it is passed on if there is none. `label` names a bar of steps.
 
@@ -178,7 +252,7 @@ def fit(
     newest is resumed from, and training ends in the same bytes, since all that is random is a function of the seed and
     the epoch. Where memory runs out, batches are computed in smaller pieces; an `InputError` if one text is too much.
     """
-    training = Training(model, schedule, weights)
+    training = Training(model, schedule)
     if checkpoints is not None and (found := checkpoints.newest()) is not None:
         training.resume(*found)
     at, steps, patience = training.history, schedule.epochs * len(batches), schedule.patience or math.inf
@@ -235,8 +309,8 @@ def fit(
 class Training:
     """A model in training: its steps, and all that the rest of them depends on, which is what a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, weights: torch.Tensor) -> None:
-        self.model, self.schedule, self.weights, self.history = model, schedule, weights, History()
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self.model, self.schedule, self.history = model, schedule, History()
         self.named = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.parameters = list(self.named.values())
         self.best = {name: one.detach().clone() for name, one in self.named.items()}
@@ -286,7 +360,7 @@ class Training:
         except (RuntimeError, MemoryError) as error:
             if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
                 raise
-            if all(len(labels) == 1 for _, labels in pieces):
+            if all(len(labels) == 1 for _, labels, _ in pieces):
                 hint = "Thaw fewer layers (--thaw K), or cut texts shorter (--max-length)."
                 raise InputError(f"Memory runs out even with one text at a time. {hint}") from error
         return None
@@ -297,8 +371,8 @@ class Training:
             loss = self._loss(parts[0])
             loss.backward()
             return loss.detach()
-        shares = torch.stack([self.weights[labels].sum() for _, labels in parts])
-        shares = shares / shares.sum()
+        shares = torch.stack([weights.sum() for _, _, weights in parts])
+        shares = shares / shares.sum().clamp_min(1e-12)
 
         def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
             loss = self._loss(parts[number]) * float(shares[number])
@@ -314,17 +388,17 @@ class Training:
         return total
 
     def _loss(self, part: Part) -> torch.Tensor:
-        inputs, labels = part
+        inputs, labels, weights = part
         half = inputs[0].dtype == torch.bfloat16
         with torch.autocast(labels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
             logits = self.model(*inputs).float()
-        where = logits.device
-        return nn.functional.cross_entropy(logits, labels.to(where), weight=self.weights.to(where))
+        return weighted_loss(logits, labels.to(logits.device), weights.to(logits.device))
 
 
 def _cut(part: Part, pieces: int) -> list[Part]:
-    inputs, labels = part
-    return list(zip(zip(*(one.chunk(pieces) for one in inputs), strict=True), labels.chunk(pieces), strict=True))
+    inputs, labels, weights = part
+    cut = zip(*(one.chunk(pieces) for one in inputs), strict=True)
+    return list(zip(cut, labels.chunk(pieces), weights.chunk(pieces), strict=True))
 
 
 def copy_tensors(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:

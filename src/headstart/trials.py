@@ -12,13 +12,24 @@ from numpy.typing import NDArray
 from torch import nn
 
 from headstart.config import TrainConfig
+from headstart.data import strata
 from headstart.encoder import Encoder
 from headstart.engine import PooledHead
 from headstart.errors import InputError
 from headstart.features import Features
 from headstart.model import HeadSpec, NativeHead, PooledModel, head_inputs, native_feature, native_model
 from headstart.progress import bar
-from headstart.train import Epoch, FeatureBatches, History, Keep, Schedule, class_weights, fit, loss_and_accuracy
+from headstart.train import (
+    Epoch,
+    FeatureBatches,
+    History,
+    Keep,
+    Schedule,
+    Targets,
+    class_weights,
+    fit,
+    loss_and_accuracy,
+)
 
 HEAD_EPOCHS = 60
 FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}
@@ -36,19 +47,27 @@ Attempt = Callable[[tuple[str, ...], dict[str, float], Hopeless], "TrainedHead"]
 
 @dataclass(frozen=True)
 class Task:
-    """What a head is trained for: stored features and label indexes to learn from and to choose on, and settings."""
+    """What a head is trained for: stored features, of pieces of texts, to learn from and to choose on, and settings.
+
+    `wanted` is what the texts of `train` should be given, `held` those of `validation`.
+    """
 
     encoder: Encoder
     train: Features
     validation: Features
-    train_labels: NDArray[np.int64]
-    validation_labels: NDArray[np.int64]
+    wanted: Targets
+    held: Targets
     names: tuple[str, ...]
     config: TrainConfig
 
     def take(self, index: NDArray[np.int64]) -> "Task":
         """The task with only the training texts at `index`."""
-        return replace(self, train=self.train.take(index), train_labels=self.train_labels[index])
+        return replace(self, train=self.train.take(self.wanted.places(index)), wanted=self.wanted.take(index))
+
+    def fold(self, rest: NDArray[np.int64], held: NDArray[np.int64]) -> "Task":
+        """The task that learns from the training texts at `rest`, and chooses on those at `held`."""
+        validation = self.train.take(self.wanted.places(held))
+        return replace(self.take(rest), validation=validation, held=self.wanted.take(held))
 
     def inputs(self, features: tuple[str, ...], *, standardize: bool) -> list[torch.Tensor]:
         """What a head reads of training and validation texts, (n, d), and what it was shifted and scaled by, (d,)."""
@@ -141,14 +160,14 @@ def _fit(
 ) -> TrainedHead:
     features = (native_feature(task.encoder),) if spec is None else spec.features
     inputs, held, mean, scale = task.inputs(features, standardize=spec is not None and spec.standardize)
-    weights = class_weights(task.train_labels, len(task.names), task.config.class_weight)
-    truth = torch.from_numpy(task.validation_labels)
+    classes = class_weights(task.wanted.labels, len(task.names), task.config.class_weight)
+    truth = task.held.tensors(classes)
 
     def validate(model: nn.Module) -> tuple[float, float]:
-        return loss_and_accuracy(torch.cat([model(part) for part in held.split(8192)]), truth, weights)
+        return loss_and_accuracy(task.held.mean(torch.cat([model(part) for part in held.split(8192)])), *truth)
 
     size = task.config.batch_size or min(512, max(32, len(task.train) // 8))
-    batches = FeatureBatches(inputs, torch.from_numpy(task.train_labels), size, task.config.seed)
+    batches = FeatureBatches(inputs, *task.wanted.by_piece(classes), size, task.config.seed)
     head: nn.Module
     if spec is None:
         head = trained = NativeHead(native_model(task.encoder, task.names, task.config.seed))
@@ -158,7 +177,7 @@ def _fit(
         head.mean.copy_(mean)
         head.scale.copy_(scale)
         trained = head.layers  # `inputs` come standardised
-    history = fit(trained, batches, validate, schedule, weights, stop, label=label)
+    history = fit(trained, batches, validate, schedule, stop, label=label)
     return TrainedHead(task.encoder, head, features, spec, schedule, history)
 
 
@@ -174,8 +193,8 @@ def pick_head(task: Task) -> TrainedHead:
     """The best on validation of many pooled heads, in what the person has not set; Ctrl-C keeps the best so far."""
     config = task.config
     most = SEARCH_ROWS if config.trials is None else TRIAL_ROWS
-    if len(task.train) > most:
-        best = pick_head(task.take(np.sort(np.random.default_rng(config.seed).permutation(len(task.train))[:most])))
+    if len(task.wanted) > most:
+        best = pick_head(task.take(np.sort(np.random.default_rng(config.seed).permutation(len(task.wanted))[:most])))
         return best if best.history.interrupted else replace(_fit(task, best.spec, best.schedule), tried=best.tried)
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
     first, *refinements = {task.plan((), guess): guess for guess in (FIRST_GUESS, *REFINEMENTS)}.values()  # each once
@@ -250,16 +269,16 @@ def in_folds(task: Task, head: TrainedHead, groups: NDArray[np.int64]) -> tuple[
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds, texts, labels = task.config.folds or 5, task.train, task.train_labels
-    if (least := int(np.bincount(labels).min())) < folds:
+    folds, n, classes = task.config.folds or 5, len(task.wanted), strata(task.wanted.labels)
+    if (least := int(np.unique(classes, return_counts=True)[1].min())) < folds:
         raise InputError(f"--folds {folds}: the rarest label has only {least} rows outside the test part.")
-    logits = torch.empty(len(texts), len(task.names))
-    fold_of = np.empty_like(labels)
+    logits = torch.empty(n, len(task.names))
+    fold_of = np.empty_like(classes)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=task.config.seed)
     with bar("folds", folds, "folds") as advance:
-        for number, (rest, held) in enumerate(splitter.split(np.empty((len(texts), 1)), labels, groups)):
-            fold = replace(task.take(rest), validation=texts.take(held), validation_labels=labels[held])
-            logits[torch.from_numpy(held)] = refit(fold, head).logits(fold.validation)
+        for number, (rest, held) in enumerate(splitter.split(np.empty((n, 1)), classes, groups)):
+            fold = task.fold(rest, held)
+            logits[torch.from_numpy(held)] = fold.held.mean(refit(fold, head).logits(fold.validation))
             fold_of[held] = number
             advance(1, "")
     return logits, fold_of
@@ -274,8 +293,8 @@ def refit(task: Task, head: TrainedHead, keep: Keep = "last") -> TrainedHead:
 
 def learning_curve(task: Task, head: TrainedHead) -> list[dict[str, Any]]:
     """Validation accuracy of heads like `head`, each trained on so many of the texts; the last is `head` itself."""
-    order = np.random.default_rng(task.config.seed).permutation(len(task.train))
+    order = np.random.default_rng(task.config.seed).permutation(len(task.wanted))
     parts = [task.take(np.sort(order[: min(round(share * len(order)), most)])) for share, most in CURVE]
-    known = [part for part in parts if len(np.unique(part.train_labels)) == len(np.unique(task.train_labels))]
+    known = [part for part in parts if part.wanted.seen == task.wanted.seen]
     heads = [*((part, refit(part, head, "lowest loss")) for part in known), (task, head)]
-    return [{"texts": len(of.train), "validation_accuracy": one.history.kept.validation_accuracy} for of, one in heads]
+    return [{"texts": len(of.wanted), "validation_accuracy": one.history.kept.validation_accuracy} for of, one in heads]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import pytest
 
 from headstart import predict
 from headstart.config import ServeConfig
+from headstart.export import export
+from headstart.run import Run
 from headstart.serve.queue import Ids, Logits
-from tests.conftest import BAD, GOOD, NOUNS
+from tests.conftest import BAD, GOOD, NOUNS, kinds_of_rows
 from tests.serve.conftest import Serve, Served, inside
 
 TEXTS = ["the film was superb", "the waiter was rude", "zebra", "the soup was awful and the room was broken"]
@@ -39,6 +41,33 @@ def expected(exported_run: Path) -> dict[str, list[dict[str, Any]]]:
         order = np.argsort(-shares)
         found[text] = [{"score": pytest.approx(shares[i], abs=1e-3), "label": predictor.names[i]} for i in order]
     return found
+
+
+@pytest.mark.parametrize("kind", ["multi", "ordered", "long"])
+def test_other_kinds_are_exported_and_served_as_they_are_predicted(
+    kind: str, train: Callable[..., Run], serve: Serve
+) -> None:
+    rows = kinds_of_rows()[kind]
+    run = train(rows, epochs=30, **({"long": "windows", "max_length": 32} if kind == "long" else {})).folder
+    texts = [text for text, _ in rows[:8]]
+    plain = predict.load(run, device="cpu", precision="fp32").predict_proba(texts)
+    assert export(run, "fp32", "refuses").agreement == 1
+    predictor = predict.load(run)
+    np.testing.assert_allclose(predictor.predict_proba(texts), plain, atol=1e-3)
+    with serve(run=run) as served:
+        info = httpx.get(served.url + "/info").json()
+        assert info["problem"] == ("single" if kind == "long" else kind)
+        assert len(info["thresholds"]) == (3 if kind == "multi" else 0)
+        found = ask(served, "/predict", {"inputs": [[text] for text in texts], "truncate": kind != "long"}).json()
+        nested = ask(served, "/", {"inputs": texts}).json()
+        for one, other, shares in zip(found, nested, plain, strict=True):
+            assert one == other
+            assert {item["label"]: item["score"] for item in one} == pytest.approx(
+                dict(zip(predictor.names, shares, strict=True)), abs=1e-3
+            )
+        if kind == "long":
+            answer = ask(served, "/predict", {"inputs": "word " * 20_000})
+            assert (answer.status_code, answer.json()["error_type"]) == (413, "Too large")
 
 
 # --- text-embeddings-inference's dialect

@@ -7,6 +7,7 @@ was not exported. No text is ever logged.
 import asyncio
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from headstart.config import ServeConfig
 from headstart.errors import HeadstartError
-from headstart.predict import ABSTAIN, probabilities_of, token_logits
+from headstart.predict import ABSTAIN, decide, probabilities_of, token_logits
 from headstart.runs import Classifier, read_json
 from headstart.serve.guard import Door, Guard
 from headstart.serve.queue import Batcher, EngineDownError, Ids, Logits, OverloadedError, PoisonError
@@ -45,6 +46,7 @@ PAGE = Path(__file__).with_name("page")
 SHORT = 20_000  # characters that are tokenised at once; more, in a thread
 BATCH_TOKENS = 4096
 TOLD = ("n", "accuracy", "accuracy_ci95", "macro_f1", "ece")  # of the test part
+HALF = re.compile("[\ud800-\udfff]")  # of a character that UTF-16 writes as two
 Answer = TypeVar("Answer")
 
 
@@ -82,15 +84,20 @@ class Service:
 
     async def tokenized(self, texts: Sequence[str], *, truncate: bool) -> Logits:
         """Tokenise, and have scored."""
-        tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
+        tokenizer, limit, long = self.classifier.tokenizer, self.classifier.max_length, self.classifier.long
         short = sum(map(len, texts)) <= SHORT
         tokens = tokenizer(texts) if short else await asyncio.to_thread(tokenizer, texts)
-        if not truncate and (longest := int(tokens.lengths.max())) > limit:
+        if not truncate and long != "windows" and (longest := int(tokens.lengths.max())) > limit:
             raise RefusedError(
                 422, "Validation", f"A text has {longest:,} tokens, of at most {limit}; or set truncate."
             )
-        cut = tokenizer.truncate(tokens, limit)
-        return await self.batcher.logits([cut[i] for i in range(len(cut))])
+        read = tokenizer.pieces(tokens, limit, long)
+        if (count := len(read.tokens)) > self.config.max_waiting:
+            raise RefusedError(
+                413, "Too large", f"{count:,} windows are more than {self.config.max_waiting} a request."
+            )
+        with self.batcher.places(count - len(texts)):
+            return read.mean(await self.batcher.logits([read.tokens[i] for i in range(count)]))
 
     async def unless_left(self, request: Request, work: Awaitable[Answer]) -> Answer:
         """What `work` comes to, unless the client leaves or the time is up before."""
@@ -107,18 +114,19 @@ class Service:
             left.cancel()
 
     def ranked(self, scores: NDArray[np.float64], *, abstain: bool = True) -> list[dict[str, Any]]:
-        """All labels of one text, the likeliest first; before them `abstain`, if that one is too unlikely."""
+        """All labels of one text, the likeliest first; before them `abstain`, if its answer is too unlikely."""
         order = np.argsort(-scores, kind="stable").tolist()
         found = [{"score": float(scores[i]), "label": self.classifier.names[i]} for i in order]
-        if abstain and found[0]["score"] < self.config.min_confidence:
-            found.insert(0, {"score": found[0]["score"], "label": ABSTAIN})
+        sure = float(decide(scores[None], self.classifier.thresholds).confidence[0])
+        if abstain and sure < self.config.min_confidence:
+            found.insert(0, {"score": sure, "label": ABSTAIN})
         return found
 
     async def predict(self, request: Request, body: PredictRequest) -> Response:
         """Score a text, or a batch of them, as text-embeddings-inference does."""
         texts = [body.inputs] if isinstance(body.inputs, str) else [one for (one,) in body.inputs]
         logits = await self.logits(request, texts, truncate=body.truncate)
-        scores = logits.astype(np.float64) if body.raw_scores else probabilities_of(logits)
+        scores = logits.astype(np.float64) if body.raw_scores else probabilities_of(logits, self.classifier.problem)
         found = [self.ranked(one, abstain=not body.raw_scores) for one in scores]
         return JSONResponse(found[0] if isinstance(body.inputs, str) else found)
 
@@ -126,9 +134,14 @@ class Service:
         """Score a text or several, as Hugging Face's inference API does: nested even for one text."""
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         logits = (await self.logits(request, texts, truncate=True)).astype(np.float64)
-        applied = body.parameters.function_to_apply or "softmax"
-        scores = {"softmax": probabilities_of, "sigmoid": sigmoid, "none": lambda same: same}[applied](logits)
-        found = [self.ranked(one, abstain=applied == "softmax")[: body.parameters.top_k] for one in scores]
+        usual = "sigmoid" if self.classifier.problem == "multi" else "softmax"
+        applied = body.parameters.function_to_apply or usual
+        scores = {
+            "softmax": lambda: probabilities_of(logits),
+            "sigmoid": lambda: probabilities_of(logits, "multi"),
+            "none": lambda: logits,
+        }[applied]()
+        found = [self.ranked(one, abstain=applied == usual)[: body.parameters.top_k] for one in scores]
         return JSONResponse(found)
 
     async def explain(self, request: Request, body: ExplainRequest) -> Response:
@@ -174,9 +187,12 @@ class Service:
                 "version": version("headstart"),
                 "model_type": {"classifier": {"id2label": dict(enumerate(names))}},
                 "labels": list(names),
+                "problem": self.classifier.problem,
+                "thresholds": list(self.classifier.thresholds),
                 "max_input_length": self.classifier.max_length,
                 "max_client_batch_size": config.most_texts,
                 "max_concurrent_requests": config.max_waiting,
+                "max_body_bytes": config.max_body_bytes,
                 "auto_truncate": True,
                 "calibrated": info.get("calibration", {}).get("method", "none") != "none",
                 "min_confidence": config.min_confidence,
@@ -213,13 +229,8 @@ def check_readable(texts: Sequence[str]) -> None:
     """Refuse, by a `RefusedError`, texts in which there is nothing to read."""
     if not texts or not all(text.strip() for text in texts):
         raise RefusedError(400, "Empty", "There is nothing to read in an empty text, or in no text.")
-    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+    if any(map(HALF.search, texts)):
         raise RefusedError(422, "Validation", "A text holds a lone surrogate, which is half a character.")
-
-
-def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each label's own probability."""
-    return 1 / (1 + np.exp(-logits))
 
 
 def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> FastAPI:

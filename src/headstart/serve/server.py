@@ -4,6 +4,7 @@ import asyncio
 import functools
 import ipaddress
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def serve(run: str, config: ServeConfig, device: Device, precision: Precision, a
     if config.api_key_env is not None and not (key := os.environ.get(config.api_key_env)):
         raise InputError(f"--api-key-env: the environment has no {config.api_key_env}, or an empty one.")
     bound = bind(config.host, config.port)
-    predictor = load(run, device=device, precision=precision, min_confidence=config.min_confidence)
+    options: dict[str, Any] = {"min_confidence": config.min_confidence, "texts": math.inf}  # as many as come
+    predictor = load(run, device=device, precision=precision, **options)
     predictor.predict(["to warm up"])
     bound.listen(2048)  # now that there will be an answer
     host, port = bound.getsockname()[:2]

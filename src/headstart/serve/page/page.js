@@ -194,11 +194,18 @@ async function scoreAll(texts, answers, { advance, ...options }) {
 }
 
 function answerOf(found) {
-  const [{ label, score: confidence }] = found; // the best
+  let [{ label, score: confidence }] = found; // the best
   const share = new Map(found.map((one) => [one.label, one.score]));
   const shares = Float64Array.from(info.labels, (name) => share.get(name)); // small: there may be very many texts
+  if (info.problem === "multi") {
+    label = info.labels.filter((_, i) => isSaid(shares, i)).join("|"); // as in a table
+    confidence = shares.reduce((all, one, i) => all * (isSaid(shares, i) ? one : 1 - one), 1);
+  }
   return { prediction: confidence >= info.min_confidence ? label : ABSTAIN, confidence, shares };
 }
+
+/** Whether a text has a label, of several. */
+const isSaid = (shares, label) => info.problem === "multi" && shares[label] >= info.thresholds[label];
 
 /** A section that scores: it shows progress, can be cancelled, and says in words how it went. */
 function scorer(section, thing) {
@@ -273,11 +280,11 @@ function tally(answers) {
 /** What scoring came to, in words. */
 function outcome(answers, thing) {
   if (answers.length === 1 && answers[0]) {
-    return [quoted(answers[0].prediction), `, with a confidence of ${score(answers[0].confidence)}.`];
+    return [quoted(answers[0].prediction || "No label"), `, with a confidence of ${score(answers[0].confidence)}.`];
   }
   const counts = tally(answers);
   const blank = answers.filter((answer) => answer === null).length;
-  const labels = counts.slice(0, 5).map(([label, number]) => [`${count(number)} `, quoted(label)]);
+  const labels = counts.slice(0, 5).map(([label, number]) => [`${count(number)} `, quoted(label || "no label")]);
   if (counts.length > 5) labels.push(`and ${plural(counts.length - 5, "other label")}`);
   return [
     `${plural(answers.length - blank, thing)} scored`,
@@ -435,7 +442,7 @@ function drawSummary(result, answers) {
   const counts = tally(answers);
   const all = counts.reduce((sum, [, number]) => sum + number, 0);
   const bars = counts.map(([label, number]) => {
-    return [label, number / all, `${count(number)} (${Math.round((100 * number) / all)}%)`];
+    return [label || "no label", number / all, `${count(number)} (${Math.round((100 * number) / all)}%)`];
   });
   drawBars(result.querySelector(".summary"), bars.slice(0, 20));
 }
@@ -448,7 +455,7 @@ function drawAnswer(text, { confidence, shares }) {
   verdict.hidden = isSure;
   verdict.append(element("strong", ABSTAIN), `: no label has a probability of ${info.min_confidence}`);
   item.querySelector(".best").classList.toggle("unsure", !isSure);
-  const bars = info.labels.map((label, i) => [label, shares[i], score(shares[i])]);
+  const bars = info.labels.map((label, i) => [label, shares[i], score(shares[i]) + (isSaid(shares, i) ? " ✓" : "")]);
   bars.sort(([, less], [, more]) => more - less);
   const few = bars.length > MOST_BARS ? MOST_BARS - 1 : bars.length;
   drawBars(item.querySelector(".best"), bars.slice(0, few));
