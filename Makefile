@@ -22,12 +22,14 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check docs/cli.md
+	$(BIN)/python docs/generate_schema.py --check src/headstart/train.schema.json
 	$(BIN)/python benchmarks/table.py --check
 
 fix: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python docs/generate_cli.py docs/cli.md
+	$(BIN)/python docs/generate_schema.py src/headstart/train.schema.json
 
 # Against its peers, on ../shared/data: about an hour on two idle cores. One group: make bench ONLY=encode
 bench: $(VENV)/.installed $(PEERS)/.installed

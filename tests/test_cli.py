@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -108,7 +109,7 @@ HF_NAMES = {
 NO_HF_NAME = {
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
     *("--trials", "--folds", "--time-budget", "--dry-run", "--no-store", "--checkpoint-minutes", "--keep-checkpoints"),
-    *("--config", "--selfcheck-resume", "--calibration"),
+    *("--config", "--save-config", "--report-to", "--selfcheck-resume", "--calibration"),
     *("--input", "--output", "--png", "--min-confidence", "--json", "--html", "--int8", "--force", "--host", "--port"),
     *("--api-key-env", "--max-body-bytes", "--max-batch", "--max-waiting", "--max-connections", "--timeout"),
     *("--read-timeout", "--long", "--problem"),
@@ -192,6 +193,7 @@ def test_every_option_of_train_is_a_setting() -> None:
     fields = {field.name for field in dataclasses.fields(config.TrainConfig)}
     assert {setting for command, setting, _, _ in OPTIONS if command == "train"} - {
         "config",
+        "save_config",
         "no_store",
         "selfcheck_resume",
     } <= fields
@@ -330,6 +332,8 @@ def test_help_ends_with_0_and_goes_to_stdout(run: Run) -> None:
         (["train", "x.csv", "--thaw", "two"], "--thaw takes a number of layers, all, auto or 0, not 'two'"),
         (["train", "x.csv", "--time-budget", "soon"], "--time-budget takes seconds, or a number with s, m or h"),
         (["train", "x.csv", "--overwrite", "--resume"], "--overwrite starts anew and --resume goes on"),
+        (["train", "x.csv", "--report-to", "mlflow,comet"], "takes tensorboard, mlflow, trackio, wandb, not 'comet'"),
+        (["train", "x.csv", "--epochs", "0", "--save-config", "run.toml"], "--epochs must be more than 0"),
         (["train", "x.csv", "--recipe", "article", "--head", "native"], "leave out --head native"),
         (["predict", "r", "a text", "--input", "x.csv"], "not both"),
         (["predict", "r", "a text", "--output", "x.csv"], "--output goes with --input"),
@@ -1350,6 +1354,47 @@ def test_a_run_is_repeated_from_its_settings(run: Run, fine_run: Path, fine_tabl
     assert not same_result(tmp_path / "other", fine_run)
 
 
+def test_saved_settings_are_read_back(run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path) -> None:
+    given = (
+        "--model",
+        tiny_bert,
+        "--epochs",
+        2,
+        "--learning-rate",
+        0.01,
+        "--head",
+        "native",
+        "--label-names",
+        "bad,good",
+    )
+    ended = run("train", small_table, *given, "--out", "r", "--save-config", "conf/run.toml")
+    assert ended.code == 0, ended.err
+    assert ended.err == "conf/run.toml: has these settings now; --config reads them.\n"
+    again = run("train", small_table, "--config", "conf/run.toml", "--out", "again")
+    assert again.code == 0, again.err
+    first, second = (
+        json.loads((tmp_path / name / "headstart.json").read_text())["settings"] for name in ("r", "again")
+    )
+    assert (first["lr"], first["label_names"], first["thaw"]) == (0.01, ["bad", "good"], "0")
+    assert first | {"out": "again"} == second
+    assert same_result(tmp_path / "again", tmp_path / "r")
+
+
+def test_a_saved_file_that_cannot_be_written_or_read_is_told_of(run: Run, small_table: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    ended = run("train", small_table, "--save-config", "folder")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "headstart: folder: cannot be written: a part of the path is missing or is no folder.\n"
+    (tmp_path / "run.toml").write_text("epoch = 3\nseed = 'x'\n")
+    ended = run("train", small_table, "--config", "run.toml")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.splitlines() == [
+        "headstart: --config run.toml: There is no setting 'epoch'. Did you mean 'epochs'?",
+        "headstart: --config run.toml: --seed takes a whole number, not 'x'.",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run.toml", "small.csv"]
+
+
 def test_what_a_fine_tuned_run_says_of_itself(fine_run: Path) -> None:
     info, metrics = (json.loads((fine_run / name).read_text()) for name in ("headstart.json", "metrics.json"))
     assert (info["thaw"]["depth"], info["thaw"]["kept"], info["thaw"]["reason"]) == (
@@ -1380,8 +1425,10 @@ def test_a_dry_run_has_a_row_a_depth_and_writes_no_run(
     run: Run, tiny_bert: Path, small_table: Path, tmp_path: Path
 ) -> None:
     given = ("train", small_table, "--model", tiny_bert, "--thaw", "auto", "--dry-run", "--out", "r", "--device", "cpu")
-    ended = run(*given)
+    ended = run(*given, "--report-to", "tensorboard", "--save-config", "run.toml")
     assert ended.code == 0, ended.err
+    assert tomllib.loads((tmp_path / "run.toml").read_text())["thaw"] == "auto"
+    (tmp_path / "run.toml").unlink()
     head, *rows = ended.out.splitlines()
     assert head.split() == ["--thaw", "predicted", "time", "memory", "disk"]
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "all"]

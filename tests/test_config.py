@@ -1,13 +1,34 @@
 """Defaults, recipes, and the settings that are refused."""
 
 import dataclasses
+import datetime
 import json
+import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
+import tomli_w
+from hypothesis import HealthCheck, assume, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from jsonschema import Draft7Validator
 
-from headstart.config import RECIPES, Recipe, TrainConfig, from_file, settings
+from headstart import config
+from headstart.config import (
+    HUGGING_FACE,
+    LIMITS,
+    PLACES,
+    RECIPES,
+    Recipe,
+    TrainConfig,
+    as_toml,
+    from_file,
+    kinds,
+    settings,
+)
 from headstart.errors import InputError
 
 
@@ -110,9 +131,20 @@ def test_values_at_the_edge_are_taken(given: dict[str, Any]) -> None:
     assert {name: getattr(config, name) for name in given} == given
 
 
-def test_an_unknown_setting_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"'epoch'.*epochs"):
-        settings("x.csv", epoch=3)
+UNKNOWN = [
+    ("epoch", r"There is no setting 'epoch'\. Did you mean 'epochs'\?"),
+    ("batch-size", "Did you mean 'batch_size'"),
+    ("no_store", "Did you mean 'store'"),
+    ("xyz", "There is no setting 'xyz'. The settings are: batch_size, calibration, "),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), [*UNKNOWN, ("learning_rate", "Did you mean 'lr'")])
+def test_an_unknown_setting_names_the_closest_one_or_all(name: str, said: str) -> None:
+    given: Any
+    for given in ({name: 3}, {name: None}):
+        with pytest.raises(InputError, match=said):
+            settings("x.csv", **given)
 
 
 @pytest.mark.parametrize("given", [{"folds": 3}, {"head": "pooled"}])
@@ -146,3 +178,218 @@ def test_a_file_without_settings_is_refused(name: str, content: str, tmp_path: P
     for path in (tmp_path / name, tmp_path / f"no-{name}"):
         with pytest.raises(InputError, match="cannot be read as settings"):
             from_file(str(path))
+
+
+# --- what a value may be
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("epochs", "3", "--epochs takes a whole number, not '3'."),
+    ("epochs", 3.5, "--epochs takes a whole number, not 3.5."),
+    ("epochs", True, "--epochs takes a whole number, not True."),
+    ("epochs", [3], "--epochs takes a whole number, not [3]."),
+    ("lr", "1e-3", "--lr takes a number, not '1e-3'."),
+    ("lr", True, "--lr takes a number, not True."),
+    ("seed", datetime.date(2021, 1, 2), "--seed takes a whole number, not 2021-01-02."),
+    ("store", 1, "--store takes true or false, not 1."),
+    ("store", "no", "--store takes true or false, not 'no'."),
+    ("model", ["minilm"], "--model takes a string, not ['minilm']."),
+    ("head", 1, "--head takes auto, native, pooled, not 1."),
+    ("head", ["auto"], "--head takes auto, native, pooled, not ['auto']."),
+    ("recipe", ["article"], "--recipe takes headstart, article, not ['article']."),
+    ("label_names", 2, "--label-names takes a list of strings, not 2."),
+    ("label_names", ["no", 2], "--label-names takes a string, not 2."),
+    ("report_to", 1, "--report-to takes a list of tensorboard, mlflow, trackio, wandb, not 1."),
+    ("report_to", "mlflow,comet", "--report-to takes tensorboard, mlflow, trackio, wandb, not 'comet'."),
+    ("max_length", "long", "--max-length takes auto or a whole number, not 'long'."),
+    ("max_length", True, "--max-length takes auto or a whole number, not True."),
+    ("thaw", True, "--thaw takes a whole number or a string, not True."),
+    ("thaw", "two", "--thaw takes a number of layers, all, auto or 0, not 'two'."),
+    ("time_budget", [], "--time-budget takes a string or a number, not []."),
+    ("time_budget", "soon", "--time-budget takes seconds, or a number with s, m or h, not 'soon'."),
+    ("epochs", 0, "--epochs must be more than 0, and 0 was given."),
+    ("folds", 1, "--folds must be at least 2, and 1 was given."),
+    ("seed", 2**32, "--seed must be at most 4294967295, and 4294967296 was given."),
+    ("head_dropout", 1.5, "--head-dropout must be at most 1, and 1.5 was given."),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), WRONG)
+def test_a_wrong_value_gets_one_sentence_wherever_it_comes_from(
+    name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as refused:
+        settings("x.csv", **{name: value})
+    assert str(refused.value) == said
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps({name: value}))
+    with pytest.raises(InputError) as refused:
+        from_file(str(file))
+    assert str(refused.value) == f"--config {file}: {said}"
+
+
+def test_a_settings_object_cannot_hold_a_wrong_value() -> None:
+    wrong: dict[str, Any] = {"epochs": "3", "report_to": ["mlflow"], "seed": None, "max_length": "auto"}
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} takes "):
+            TrainConfig(data="x.csv", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("epochs", np.int64(3), 3),
+        ("lr", np.float32(0.5), 0.5),
+        ("lr", 1, 1),
+        ("store", np.bool_(False), False),
+        ("model", Path("a") / "b", str(Path("a") / "b")),
+        ("label_names", "no,yes", ("no", "yes")),
+        ("label_names", ["no", "yes"], ("no", "yes")),
+        ("report_to", "tensorboard,mlflow", ("tensorboard", "mlflow")),
+        ("report_to", "none", ()),
+        ("time_budget", "10m", 600.0),
+        ("max_length", "auto", None),
+        ("thaw", 2, "2"),
+    ],
+)
+def test_a_value_may_come_in_other_forms(name: str, value: Any, taken: Any) -> None:
+    found = getattr(settings("x.csv", **{name: value}), name)
+    assert found == taken
+    assert type(found) is type(taken)
+
+
+def test_data_may_be_a_path() -> None:
+    assert settings(Path("x.csv")) == settings("x.csv")  # type: ignore[arg-type]  # what people give
+
+
+# --- files
+
+
+def written(folder: Path, content: str) -> str:
+    (folder / "run.toml").write_text(content, encoding="utf-8")
+    return str(folder / "run.toml")
+
+
+@pytest.mark.parametrize(("name", "said"), UNKNOWN)
+def test_an_unknown_key_of_a_file_is_refused_with_the_closest_one(name: str, said: str, tmp_path: Path) -> None:
+    file = written(tmp_path, f"{name} = 3")
+    with pytest.raises(InputError, match=said) as refused:
+        from_file(file)
+    assert str(refused.value).startswith(f"--config {file}: ")
+
+
+def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path: Path) -> None:
+    file = written(tmp_path, 'epoch = 3\nlr = "fast"\nseed = 1\n[train]\nhead = "native"\n')
+    with pytest.raises(InputError) as refused:
+        from_file(file)
+    first, second, third = str(refused.value).splitlines()
+    assert first == f"--config {file}: There is no setting 'epoch'. Did you mean 'epochs'?"
+    assert second == f"--config {file}: --lr takes a number, not 'fast'."
+    assert third.startswith(f"--config {file}: There is no setting 'train'.")
+
+
+def test_hugging_faces_names_are_known_in_a_file(tmp_path: Path) -> None:
+    assert from_file(written(tmp_path, "learning_rate = 0.5\nnum_train_epochs = 2")) == {"lr": 0.5, "epochs": 2}
+    with pytest.raises(InputError, match="learning_rate is lr by another name: give one of them"):
+        from_file(written(tmp_path, "lr = 0.5\nlearning_rate = 0.5"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    assert from_file(written(tmp_path, "\ufeffseed = 3")) == {"seed": 3}
+
+
+def test_who_is_told_is_not_repeated_with_a_run_but_is_from_a_file(tmp_path: Path) -> None:
+    made_by = dataclasses.asdict(settings("x.csv", report_to="mlflow", thaw="0"))
+    (tmp_path / "r.json").write_text(json.dumps({"settings": made_by, "thaw": {"kept": "0"}}))
+    assert "report_to" not in from_file(str(tmp_path / "r.json"))
+    assert from_file(written(tmp_path, 'report_to = "mlflow"')) == {"report_to": "mlflow"}
+
+
+def values(name: str) -> st.SearchStrategy[Any]:
+    """What a setting may be."""
+
+    def of(kind: Any) -> st.SearchStrategy[Any]:
+        if get_origin(kind) is Literal:
+            return st.sampled_from(get_args(kind))
+        if get_origin(kind) is tuple:
+            return st.lists(of(get_args(kind)[0]), max_size=3).map(tuple)
+        limits = LIMITS.get(name, {})
+        least, most = limits.get("minimum", limits.get("exclusiveMinimum")), limits.get("maximum")
+        if kind is int:
+            return st.integers(least if "minimum" in limits else 1, most if most is not None else 10**9)
+        if kind is float:
+            return st.floats(least, most, allow_nan=False, exclude_min="exclusiveMinimum" in limits)
+        return {str: st.text(), bool: st.booleans(), NoneType: st.none()}[kind]
+
+    return st.sampled_from(["0", "2", "all", "auto"]) if name == "thaw" else st.one_of(*map(of, kinds(name)))
+
+
+NAMES = [name for name in config.FIELDS if name not in PLACES]
+of_one_folder = hypothesis_settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
+)
+
+
+@of_one_folder
+@given(st.fixed_dictionaries({}, optional={name: values(name) for name in NAMES}))
+@example({"recipe": "article", "max_length": "auto"})
+@example({"model": 'a "b" \\ \x7f\x00\n\u2028\U0001f600', "time_budget": float("inf")})
+def test_saved_settings_read_back_as_the_same(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    try:
+        saved = settings("x.csv", **chosen)
+    except InputError:
+        assume(False)
+    file = written(tmp_path, as_toml(saved, tmp_path / "run.toml"))
+    assert settings("x.csv", **from_file(file)) == saved
+
+
+def test_a_saved_file_explains_itself_and_names_its_schema(tmp_path: Path) -> None:
+    saved = settings("my reviews.csv", seed=7, out="r", overwrite=True)
+    text = as_toml(saved, tmp_path / "run.toml")
+    first, second, *lines = text.splitlines()
+    schema = (tmp_path / first.removeprefix("#:schema ")).resolve()
+    assert schema == Path(config.__file__).with_name("train.schema.json")
+    assert second == "# headstart train 'my reviews.csv' --config run.toml"
+    assert lines[lines.index("seed = 7") - 1] == "# Decides the split, the first weights and the order of batches."
+    assert lines[lines.index("# lr =") - 1] == "# AdamW's learning rate; left out: picked on validation data."
+    found = tomllib.loads(text)
+    assert not set(PLACES) & set(found)
+    Draft7Validator(json.loads(schema.read_text())).validate(found)
+
+
+# --- the schema
+
+SCHEMA = Draft7Validator(json.loads(Path(config.__file__).with_name("train.schema.json").read_text(encoding="utf-8")))
+anything = st.one_of(
+    *(st.booleans(), st.integers(-2, 5), st.sampled_from([-0.5, 0.5, 1.5])),
+    st.sampled_from(["", "auto", "none", "0", "3", "all", "mlflow", "mlflow,wandb", "10m", "90", "soon", "native"]),
+    *(st.lists(st.sampled_from(["mlflow", "x", 3]), max_size=2), st.just({"a": 1})),
+)
+
+
+def test_the_schema_is_one_and_has_every_setting_explained() -> None:
+    Draft7Validator.check_schema(SCHEMA.schema)
+    properties = SCHEMA.schema["properties"]
+    assert set(properties) == {*config.FIELDS, *HUGGING_FACE.values()}
+    assert all(properties[name]["description"] for name in config.FIELDS)
+
+
+@hypothesis_settings(parent=of_one_folder, max_examples=400)
+@given(
+    st.dictionaries(st.sampled_from([*config.FIELDS, *HUGGING_FACE.values(), "epoch"]), anything, max_size=3),
+    st.sampled_from(NAMES).flatmap(lambda name: st.fixed_dictionaries({name: values(name)})),
+)
+@example({}, {"time_budget": "10m"})
+@example({"time_budget": "10x"}, {})
+@example({"seed": 2**32}, {})
+def test_the_schema_takes_what_is_taken_and_refuses_what_is_refused(
+    tmp_path: Path, some: dict[str, Any], right: dict[str, Any]
+) -> None:
+    found = {name: value for name, value in {**right, **some}.items() if value is not None}
+    assume(not any({name, other} <= set(found) for name, other in HUGGING_FACE.items()))  # refused, for another reason
+    file = written(tmp_path, tomli_w.dumps(found))
+    try:
+        from_file(file)
+        taken = True
+    except InputError:
+        taken = False
+    assert SCHEMA.is_valid(tomllib.loads(Path(file).read_text(encoding="utf-8"))) == taken

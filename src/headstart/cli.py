@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headstart.config import (
+    HUGGING_FACE,
     Calibration,
     ClassWeight,
     Device,
@@ -18,10 +19,21 @@ from headstart.config import (
     ProblemChoice,
     Recipe,
     ServeConfig,
+    as_toml,
     from_file,
     settings,
 )
-from headstart.errors import FULL, HeadstartError, InputError, StoppedEarlyError, count_of, disk_errno, printable
+from headstart.errors import (
+    FULL,
+    HeadstartError,
+    InputError,
+    StoppedEarlyError,
+    count_of,
+    disk_errno,
+    disk_errors,
+    printable,
+)
+from headstart.folders import whole_file
 
 # Each long option may be written with underscores, as Hugging Face's scripts do.
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
@@ -33,9 +45,10 @@ app.add_typer(cache, name="cache")
 
 
 def opt(names: str, text: str) -> Any:
-    """An option of these names, the contract's first and Hugging Face's second, then what its value is shown as."""
-    spellings = [name for name in names.split() if name.startswith("--")]
-    return typer.Option(*spellings, metavar=" ".join(names.split()[len(spellings) :]) or None, help=text)
+    """An option of this name, and of Hugging Face's where that is another; then what its value is shown as."""
+    name, *shown = names.split()
+    other = HUGGING_FACE.get(name[2:].replace("-", "_"), "").replace("_", "-")
+    return typer.Option(name, *([f"--{other}"] if other else []), metavar=" ".join(shown) or None, help=text)
 
 
 Words = str | None
@@ -44,9 +57,9 @@ Flag = bool | None
 TABLE = "A .csv, .tsv, .jsonl, .json or .parquet table (also .gz), or: sample."
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=TABLE)]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, as headstart train makes.")]
-TextOption = Annotated[Words, opt("--text --text-column-name COL", "The column with the text.")]
-LabelOption = Annotated[Words, opt("--label --label-column-name COL", "The column with the label.")]
-ModelOption = Annotated[Words, opt("--model --model-name-or-path MODEL", "minilm (embedded), a Hub id, or a folder.")]
+TextOption = Annotated[Words, opt("--text COL", "The column with the text.")]
+LabelOption = Annotated[Words, opt("--label COL", "The column with the label.")]
+ModelOption = Annotated[Words, opt("--model MODEL", "minilm (embedded), a Hub id, or a folder.")]
 DeviceOption = Annotated[Device, opt("--device", "Where to compute.")]
 PrecisionOption = Annotated[Precision, opt("--precision", "Number format of the encoder.")]
 
@@ -54,8 +67,8 @@ PrecisionOption = Annotated[Precision, opt("--precision", "Number format of the 
 @app.command()
 def train(
     data: DataArgument,
-    validation: Annotated[Words, opt("--validation --validation-file FILE", "A table to choose on.")] = None,
-    test: Annotated[Words, opt("--test --test-file FILE", "A table to test on, once.")] = None,
+    validation: Annotated[Words, opt("--validation FILE", "A table to choose on.")] = None,
+    test: Annotated[Words, opt("--test FILE", "A table to test on, once.")] = None,
     text: TextOption = None,
     label: LabelOption = None,
     label_names: Annotated[Words, opt("--label-names A,B,…", "Names to show, in label order.")] = None,
@@ -69,35 +82,38 @@ def train(
     head: Annotated[HeadKind | None, opt("--head", "pooled, or the architecture's own.")] = None,
     trials: Annotated[Whole, opt("--trials N", "Heads that optuna tries, on stored features.")] = None,
     folds: Annotated[Whole, opt("--folds K", "Cross-validate, then train the head on all but test.")] = None,
-    epochs: Annotated[Whole, opt("--epochs --num-train-epochs N", "Most epochs.")] = None,
-    batch_size: Annotated[Whole, opt("--batch-size --per-device-train-batch-size N", "Texts a training step.")] = None,
-    lr: Annotated[float | None, opt("--lr --learning-rate X", "AdamW's learning rate.")] = None,
-    max_length: Annotated[Words, opt("--max-length --max-seq-length auto|N", "Tokens kept of a text.")] = None,
+    epochs: Annotated[Whole, opt("--epochs N", "Most epochs.")] = None,
+    batch_size: Annotated[Whole, opt("--batch-size N", "Texts a training step.")] = None,
+    lr: Annotated[float | None, opt("--lr X", "AdamW's learning rate.")] = None,
+    max_length: Annotated[Words, opt("--max-length auto|N", "Tokens kept of a text.")] = None,
     long: Annotated[Long | None, opt("--long", "What is read of texts over max_length.")] = None,
     problem: Annotated[ProblemChoice | None, opt("--problem", "One label a text, several, or ordered (stars).")] = None,
     class_weight: Annotated[ClassWeight | None, opt("--class-weight", "How classes count in the loss.")] = None,
     seed: Annotated[Whole, opt("--seed N", "Decides split, weights, order (2021).")] = None,
     device: Annotated[Device | None, opt("--device", "Where to compute.")] = None,
     precision: Annotated[Precision | None, opt("--precision", "Number format of the encoder.")] = None,
-    out: Annotated[Words, opt("--out --output-dir DIR", "The run folder (runs/NAME).")] = None,
-    overwrite: Annotated[Flag, opt("--overwrite --overwrite-output-dir", "Replace a run folder that is there.")] = None,
-    resume: Annotated[Flag, opt("--resume --resume-from-checkpoint", "Go on from the newest whole checkpoint.")] = None,
+    out: Annotated[Words, opt("--out DIR", "The run folder (runs/NAME).")] = None,
+    overwrite: Annotated[Flag, opt("--overwrite", "Replace a run folder that is there.")] = None,
+    resume: Annotated[Flag, opt("--resume", "Go on from the newest whole checkpoint.")] = None,
     checkpoint_minutes: Annotated[float | None, opt("--checkpoint-minutes N", "Between two of them (10).")] = None,
     keep_checkpoints: Annotated[Flag, opt("--keep-checkpoints", "Leave the last ones in the run folder.")] = None,
+    report_to: Annotated[Words, opt("--report-to NAMES", "none, tensorboard, mlflow, trackio, wandb; or a,b.")] = None,
     selfcheck_resume: Annotated[bool, opt("--selfcheck-resume", "Prove on few rows that resuming is exact.")] = False,
     config: Annotated[Words, opt("--config FILE", "Settings from a .toml, or RUN/headstart.json to repeat it.")] = None,
+    save_config: Annotated[Words, opt("--save-config FILE", "Write these settings for --config; and train.")] = None,
 ) -> None:
     """Train a classifier on DATA, test it once, and write a run folder."""
     given = dict(locals())  # each parameter is a setting, but for these
-    del given["data"], given["config"], given["no_store"], given["selfcheck_resume"]
-    given["label_names"] = tuple(label_names.split(",")) if label_names is not None else None
+    del given["data"], given["config"], given["save_config"], given["no_store"], given["selfcheck_resume"]
     given["store"] = False if no_store else None
     if max_length is not None and max_length.isdecimal():
         given["max_length"] = int(max_length)
-    elif max_length not in (None, "auto"):
-        raise InputError(f"--max-length takes auto or a whole number, not {max_length!r}.")
     asked = {name: value for name, value in given.items() if value is not None}
     chosen = settings(data, **(from_file(config) if config is not None else {}) | asked)
+    if save_config is not None:
+        with disk_errors(save_config), whole_file(Path(save_config)) as temporary:
+            temporary.write_text(as_toml(chosen, Path(save_config)), encoding="utf-8")
+        note(f"{save_config}: has these settings now; --config reads them.")
     import psutil
 
     from headstart import run, selfcheck
@@ -176,15 +192,15 @@ def predict_command(
 @app.command()
 def audit(
     data: DataArgument,
-    validation: Annotated[
-        Words, opt("--validation --validation-file FILE", "A table that should share no text with DATA.")
-    ] = None,
-    test: Annotated[Words, opt("--test --test-file FILE", "Another one.")] = None,
+    validation: Annotated[Words, opt("--validation FILE", "A table that should share no text with DATA.")] = None,
+    test: Annotated[Words, opt("--test FILE", "Another one.")] = None,
     text: TextOption = None,
     label: LabelOption = None,
     model: ModelOption = None,
     seed: Annotated[Whole, opt("--seed N", "Decides the folds (2021).")] = None,
-    out: Annotated[Words, opt("--out FILE", "All rows with what was found, worst first (NAME-audit.csv).")] = None,
+    out: Annotated[  # a file, so it is not called as folders are
+        Words, typer.Option("--out", metavar="FILE", help="All rows with what was found, worst first (NAME-audit.csv).")
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
@@ -247,9 +263,7 @@ def export(
     folder: RunArgument,
     int8: Annotated[bool, opt("--int8", "Weights in 8 bits: smaller and faster, a little less exact.")] = False,
     force: Annotated[bool, opt("--force", "Keep an export that the gate would refuse.")] = False,
-    test: Annotated[
-        Words, opt("--test --test-file FILE", "A labelled table to judge by (the run's own test rows).")
-    ] = None,
+    test: Annotated[Words, opt("--test FILE", "A labelled table to judge by (the run's own test rows).")] = None,
 ) -> None:
     """Write RUN/onnx: predict and serve then need neither torch nor transformers. Refused if its answers differ."""
     from headstart import report
@@ -325,7 +339,7 @@ def cache_clear() -> None:
 
 
 @app.command()
-def demo(out: Annotated[str, opt("--out --output-dir DIR", "The run folder.")] = "runs/demo") -> None:
+def demo(out: Annotated[str, opt("--out DIR", "The run folder.")] = "runs/demo") -> None:
     """Train on the sample set, test, and label three sentences; no network is needed."""
     complaint = "The update deleted my notes and nobody at support has answered."
     texts = ["A lovely little hotel, and we will be back.", "Great camera, but the battery dies by noon.", complaint]

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import operator
+import os
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from headstart.errors import InputError
+from headstart.errors import InputError, printable
 
 Recipe = Literal["headstart", "article"]
 HeadKind = Literal["auto", "native", "pooled"]
@@ -19,6 +23,7 @@ ProblemChoice = Literal["auto", "single", "multi", "ordered"]
 Long = Literal["truncate", "head-tail", "windows"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Tracker = Literal["tensorboard", "mlflow", "trackio", "wandb"]
 
 MIN_ROWS = 10  # fewer rows than this cannot be split, trained on and tested with any meaning
 FEATURE_BYTES_PER_TEXT = 8_000  # what the store may keep of one text; decides how many layers of a wide encoder
@@ -69,29 +74,16 @@ class TrainConfig:
     seed: int = 2021  # Decides the split, the first weights and the order of batches.
     device: Device = "auto"  # Where tensors live.
     precision: Precision = "auto"  # Number format of the frozen encoder.
+    report_to: tuple[Tracker, ...] = ()  # Experiment trackers that are told each epoch and the result.
     out: str | None = None  # The run folder; None: runs/NAME, from the name of the data.
     overwrite: bool = False  # Replace a run folder that is there.
 
     def __post_init__(self) -> None:
-        above = ["epochs", "max_steps", "batch_size", "lr", "clip_norm", "patience", "trials"]
-        above += ["time_budget", "checkpoint_minutes"]
-        least = {"weight_decay": 0, "max_length": 4, "seed": 0, "folds": 2}
-        for name in (*above, *least):
-            value = getattr(self, name)
-            enough = isinstance(value, (int, float)) and (value >= least[name] if name in least else value > 0)
-            if value is not None and not enough:
-                bound = f"at least {least[name]}" if name in least else "more than 0"
-                raise InputError(f"--{name.replace('_', '-')} must be {bound}, and {value} was given.")
         for field in dataclasses.fields(self):
-            known, value = get_args(field.type), getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in known:
-                raise InputError(f"--{field.name.replace('_', '-')} takes {', '.join(known)}, not {value!r}.")
+            check(field.name, getattr(self, field.name))
         article, native, pooled = self.recipe == "article", self.head == "native", self.head == "pooled"
         thawed, fixed = self.thaw != "0", article or native or self.thaw not in ("0", "auto")
-        depth = not thawed or self.thaw in ("all", "auto") or (self.thaw.isdecimal() and int(self.thaw) > 0)
         problems = {
-            f"--seed must be less than 4294967296, and {self.seed} was given.": self.seed >= 2**32,
-            f"--thaw takes a number of layers, all, auto or 0, not {self.thaw!r}.": not depth,
             f"--thaw {self.thaw} does not go with --folds.": thawed and self.folds,
             f"--thaw {self.thaw} does not go with --head pooled.": thawed and pooled,
             "--overwrite starts anew and --resume goes on: give one of them.": self.overwrite and self.resume,
@@ -154,29 +146,127 @@ RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults a
 }
 
 
+FIELDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+SPOKEN: dict[str, Any] = {"max_length": Literal["auto"], "thaw": int, "time_budget": str}  # other types that are taken
+HUGGING_FACE = {  # what its scripts call a setting, where that is another name
+    **{"validation": "validation_file", "test": "test_file", "text": "text_column_name", "label": "label_column_name"},
+    **{"model": "model_name_or_path", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"},
+    **{"lr": "learning_rate", "max_length": "max_seq_length", "out": "output_dir", "overwrite": "overwrite_output_dir"},
+    "resume": "resume_from_checkpoint",
+}
+ABOVE_0 = ("epochs", "max_steps", "patience", "trials", "batch_size", "lr", "clip_norm", "time_budget")
+LIMITS: dict[str, dict[str, Any]] = {  # in the words of JSON Schema: train.schema.json is made from them
+    **{name: {"exclusiveMinimum": 0} for name in (*ABOVE_0, "checkpoint_minutes")},
+    "weight_decay": {"minimum": 0},
+    "head_width": {"minimum": 0},
+    "head_dropout": {"minimum": 0, "maximum": 1},
+    "max_length": {"minimum": 4},
+    "folds": {"minimum": 2},
+    "seed": {"minimum": 0, "maximum": 2**32 - 1},
+}
+MEANINGS = {
+    "exclusiveMinimum": ("more than", operator.gt),
+    "minimum": ("at least", operator.ge),
+    "maximum": ("at most", operator.le),
+}
+THAW, DURATION = r"auto|all|0|0*[1-9][0-9]*", r"(\d+(?:\.\d+)?)([smh]?)"
+TYPES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def check(name: str, value: Any) -> None:
+    """An `InputError` if a setting cannot have this value, by its type and limits."""
+    option = f"--{name.replace('_', '-')}"
+    _check_type(option, value, kinds(name), SPOKEN.get(name))
+    if name == "thaw" and not re.fullmatch(THAW, value):
+        raise InputError(f"--thaw takes a number of layers, all, auto or 0, not {value!r}.")
+    for limit, bound in LIMITS.get(name, {}).items() if value is not None else ():
+        words, holds = MEANINGS[limit]
+        if not holds(value, bound):
+            raise InputError(f"{option} must be {words} {bound}, and {value} was given.")
+
+
+def kinds(name: str) -> tuple[Any, ...]:
+    """The types that the value of a setting may have."""
+    kind = FIELDS[name]
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _check_type(option: str, value: Any, kinds: tuple[Any, ...], spoken: Any = None) -> None:
+    several = [get_args(kind)[:1] for kind in kinds if get_origin(kind) is tuple]
+    if several and isinstance(value, tuple):
+        for one in value:
+            _check_type(option, one, several[0])
+    elif not any(_is(value, kind) for kind in kinds):
+        takes = [_words(kind) for kind in (spoken, *kinds) if kind not in (None, NoneType)]
+        shown = str(value) if hasattr(value, "isoformat") else repr(value)  # TOML has dates
+        raise InputError(f"{option} takes {' or '.join(takes)}, not {shown}.")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        kind = (int, float)
+    return get_origin(kind) is not tuple and isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list of {_words(get_args(kind)[0]).replace('a string', 'strings')}"
+    return TYPES[kind]
+
+
+def understood(name: str, given: Any) -> Any:
+    """What a person gave as a setting, as its field has it; an `InputError` if there is no such setting, or it cannot.
+
+    Taken are also a string for several with commas (`none` for none of them), a list for a tuple, a path for a string,
+    numpy's numbers, and what `SPOKEN` has.
+    """
+    if name not in FIELDS:
+        near = [one for one, other in HUGGING_FACE.items() if other == name] or _nearest(name)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The settings are: {', '.join(sorted(FIELDS))}."
+        raise InputError(f"There is no setting {name!r}. {hint}")
+    value = given.item() if getattr(given, "shape", None) == () else given
+    several = any(get_origin(kind) is tuple for kind in kinds(name))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif several and isinstance(value, str):
+        value = tuple(value.split(",")) if value != "none" else ()
+    elif several and isinstance(value, list):
+        value = tuple(value)
+    elif name == "thaw" and type(value) is int:
+        value = str(value)
+    elif name == "time_budget" and isinstance(value, str):
+        value = seconds_in(value)
+    elif name == "max_length" and value == "auto":
+        value = None
+    check(name, value)
+    return value
+
+
+def _nearest(name: str) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, FIELDS, n=1)
+
+
 def settings(data: str, recipe: Recipe = "headstart", **given: Any) -> TrainConfig:
     """The settings of one run: the defaults, then the recipe's, then what is given (`max_length="auto"`: as advised).
 
-    An unknown recipe or setting, or a value out of range, is an `InputError`.
+    None counts as not given. An unknown recipe or setting, or a value out of range, is an `InputError`.
     """
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(given) - known):
-        raise InputError(f"There is no setting {unknown[0]!r}. The settings are: {', '.join(sorted(known))}.")
-    chosen = {name: value for name, value in given.items() if value is not None}
+    asked = {name: value for name, value in given.items() if value is not None or name not in FIELDS}
+    chosen = {name: understood(name, value) for name, value in {"data": data, "recipe": recipe, **asked}.items()}
     if chosen.get("folds") or chosen.get("head") == "pooled":
         chosen.setdefault("thaw", "0")  # only the architecture's own head is fine-tuned, and once
-    if "thaw" in chosen:
-        chosen["thaw"] = str(chosen["thaw"])
-    if isinstance(chosen.get("time_budget"), str):
-        chosen["time_budget"] = seconds_in(chosen["time_budget"])
-    if chosen.get("max_length") == "auto":
-        chosen["max_length"] = None
-    return TrainConfig(data=data, recipe=recipe, **{**RECIPES.get(recipe, {}), **chosen})
+    return TrainConfig(**{**RECIPES[recipe], **chosen})
 
 
 def seconds_in(duration: str) -> float:
     """`90s`, `10m`, `1h` or `90` in seconds; an `InputError` if it is none of these."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration)
+    found = re.fullmatch(DURATION, duration)
     if not found:
         raise InputError(f"--time-budget takes seconds, or a number with s, m or h, not {duration!r}.")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
@@ -187,13 +277,16 @@ STEPS = ("epochs", "max_steps", "lr", "batch_size", "weight_decay")
 
 
 def from_file(name: str) -> dict[str, Any]:
-    """The settings in a .toml file, or those behind RUN/headstart.json, at the depth that was kept."""
+    """The settings in a .toml file, or those behind RUN/headstart.json, at the depth that was kept.
+
+    Hugging Face's names are known, too. An `InputError` tells all that is no setting, or cannot be its value.
+    """
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")
         found = json.loads(text) if name.endswith(".json") else tomllib.loads(text)
         aside: tuple[str, ...] = ("data",)
         if name.endswith(".json"):
-            info, found, aside = found, found["settings"], PLACES
+            info, found, aside = found, found["settings"], (*PLACES, "report_to")
             asked, found["thaw"] = found["thaw"], info["thaw"]["kept"]
             if found["thaw"] == "0" != asked:
                 aside += STEPS  # they were fine-tuning's, which was not kept
@@ -203,4 +296,34 @@ def from_file(name: str) -> dict[str, Any]:
             found["max_length"] = found["max_length"] or "auto"  # a recipe may have another default
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--config {name}: cannot be read as settings ({error!r}).") from error
-    return {field: tuple(one) if isinstance(one, list) else one for field, one in found.items() if field not in aside}
+    problems, chosen = [], dict[str, Any]()
+    for key, value in found.items():
+        field = next((one for one, other in HUGGING_FACE.items() if other == key), key)
+        try:
+            if field in chosen:
+                raise InputError(f"{key} is {field} by another name: give one of them.")
+            if value is not None:
+                understood(field, value)
+        except InputError as error:
+            problems.append(f"--config {name}: {error}")
+        chosen[field] = tuple(value) if isinstance(value, list) else value
+    if problems:
+        raise InputError("\n".join(problems))
+    return {field: value for field, value in chosen.items() if field not in aside}
+
+
+def as_toml(config: TrainConfig, place: Path) -> str:
+    """What `--config` reads from a .toml file at `place` as the same settings, but for those of one call, explained."""
+    import tomli_w
+
+    schema, folder = Path(__file__).with_name("train.schema.json"), place.absolute().parent
+    where = os.path.relpath(schema, folder) if schema.drive == folder.drive else schema
+    found = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
+    found["max_length"] = found["max_length"] or "auto"  # a recipe may have another default
+    meanings = json.loads(schema.read_text(encoding="utf-8"))["properties"]
+    command = f"headstart train {shlex.quote(printable(config.data))} --config {shlex.quote(printable(place.name))}"
+    lines = [f"#:schema {Path(where).as_posix()}", f"# {command}"]
+    for name, value in found.items():
+        said = f"# {name} =" if value is None else tomli_w.dumps({name: value}).strip()
+        lines += ["", f"# {meanings[name]['description']}", said]
+    return "\n".join((*lines, ""))
