@@ -34,6 +34,7 @@ ROOMS = (
     "explain",
     "audit",
     "report",
+    "track",
     "run",
     "selfcheck",
     "export",

@@ -1,6 +1,7 @@
 """One run: train a head, thaw the encoder, keep what is better, test it once, and write the run folder."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -30,11 +31,13 @@ from headstart.predict import decide, probabilities_of
 from headstart.prepare import PARTS, Prepared, data_fingerprint, default_name, measured, prepare
 from headstart.runs import read_json
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
-from headstart.train import History, Targets
+from headstart.track import Log
+from headstart.train import Epoch, History, Targets
 from headstart.trials import Task, TrainedHead, in_folds, learning_curve, refit, train_head
 
 LEFT = "Ctrl-C: the checkpoints in {} are left as they are; --resume goes on from the newest."
 Announce = Callable[[str], None]
+OnEpoch = Callable[[str, int, Epoch], bool]  # the stage, the epoch's number from 0, its record; whether to stop
 Json = dict[str, Any]
 
 
@@ -82,10 +85,16 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     started = time.time() if started is None else started
     out = out_folder(config)
     check_out(out, overwrite=config.overwrite, resume=config.resume)
+    with Log(config, out, announce) as log:
+        return _train(config, out, started, announce, log)
+
+
+def _train(config: TrainConfig, out: Path, started: float, announce: Announce, log: Log) -> Run:
     ready = prepare(config)
+    log.start()
     splits, names, seconds = ready.splits, ready.splits.train.names, {**ready.seconds, "train": 0.0, "evaluate": 0.0}
     with measured(seconds, "train"):
-        learnt = learn(ready, config, out, announce)
+        learnt = learn(ready, config, out, announce, log.epoch)
     with measured(seconds, "evaluate"):
         held, tested = (logits.double().numpy() for logits in (learnt.validation_logits, learnt.test_logits))
         judged = judge(splits, held, tested, config.calibration)
@@ -114,6 +123,7 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
         if config.keep_checkpoints:
             for place in out.glob("checkpoint-*/"):
                 shutil.copytree(place, folder / place.name)
+    log.result(numbers)
     return Run(out, numbers, info, (*splits.notices, *ready.features.warnings))
 
 
@@ -142,10 +152,14 @@ def fine_tuning(ready: Prepared, config: TrainConfig, probe: TrainedHead | None 
     return FineTuning(ready.encoder, ready.tokens, ready.index, ready.targets, names, config, start)
 
 
-def learn(ready: Prepared, config: TrainConfig, out: Path, announce: Announce) -> Learnt:
+def learn(
+    ready: Prepared, config: TrainConfig, out: Path, announce: Announce, on_epoch: OnEpoch = lambda *_: False
+) -> Learnt:
     """Train the head, on all folds where asked for, and fine-tune; keep what is better on validation data."""
     task = head_task(ready, head_settings(config))
     chosen = head = train_head(task)
+    for number, epoch in enumerate(chosen.history.epochs):
+        on_epoch("head", number, epoch)
     interrupted = chosen.history.interrupted
     if interrupted and config.resume and is_unfinished(out):
         raise StoppedEarlyError(LEFT.format(out))
@@ -154,7 +168,7 @@ def learn(ready: Prepared, config: TrainConfig, out: Path, announce: Announce) -
     if config.folds is not None and not interrupted:
         head, cross = train_on_all(task, chosen, ready)
     if config.thaw != "0" and not interrupted:
-        fine, plan = thaw_after(ready, chosen, config, out, announce)
+        fine, plan = thaw_after(ready, chosen, config, out, announce, on_epoch)
         interrupted = "interrupted" in plan
     if fine is not None:
         stages[f"thaw-{fine.depth}"], interrupted = fine.history, fine.history.interrupted
@@ -196,7 +210,7 @@ def coloured(folder: Path, mistakes: Sequence[Json], placement: Placement) -> li
 
 
 def thaw_after(
-    ready: Prepared, head: TrainedHead, config: TrainConfig, out: Path, announce: Announce
+    ready: Prepared, head: TrainedHead, config: TrainConfig, out: Path, announce: Announce, on_epoch: OnEpoch
 ) -> tuple[Thawed | None, Json]:
     """Fine-tune as deep as was asked for or as the time allows; and what was predicted and decided, for headstart.json.
 
@@ -226,7 +240,7 @@ def thaw_after(
         with disk_errors(out), whole_file(out / PLAN) as temporary:
             report.write_json(temporary, plan)
         deadline = begun + config.time_budget if config.thaw == "auto" else math.inf
-        fine = task.fit(depth, checkpoints, deadline)
+        fine = task.fit(depth, checkpoints, deadline, functools.partial(on_epoch, f"thaw-{depth}"))
     except KeyboardInterrupt:
         if plan and any(out.glob("checkpoint-*/")):
             raise StoppedEarlyError(LEFT.format(out)) from None
@@ -264,7 +278,7 @@ def quality(history: History) -> tuple[float, float]:
 
 def run_key(ready: Prepared, config: TrainConfig) -> str:
     """A sha256 of everything that decides the result of fine-tuning."""
-    aside = (*PLACES, "time_budget", "checkpoint_minutes", "keep_checkpoints")
+    aside = (*PLACES, "time_budget", "checkpoint_minutes", "keep_checkpoints", "report_to")
     decisive = {name: value for name, value in asdict(config).items() if name not in aside}
     parts = [decisive, data_fingerprint(ready.splits), ready.encoder.fingerprint, versions(), torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

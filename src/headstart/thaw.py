@@ -31,7 +31,7 @@ from headstart.folders import reserve, whole_file
 from headstart.model import Depth, ThawedModel
 from headstart.progress import bar
 from headstart.tokens import Tokens, like_length_batches
-from headstart.train import History, Part, Schedule, Targets, class_weights, fit, loss_and_accuracy, shuffled
+from headstart.train import Epoch, History, Part, Schedule, Targets, class_weights, fit, loss_and_accuracy, shuffled
 
 LR, BATCH, WEIGHT_DECAY, WARMUP = 1e-4, 32, 0.01, 0.1
 EPOCHS, STEPS = (3, 6), 650  # between so many epochs, for so many steps: small tables need more (Mosbach et al. 2021)
@@ -215,11 +215,17 @@ class FineTuning:
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         return TokenBatches(texts, index, wanted, self.batch_size, self.config.seed, devices)
 
-    def fit(self, depth: Depth, checkpoints: Checkpoints | None = None, deadline: float = math.inf) -> Thawed:
+    def fit(
+        self,
+        depth: Depth,
+        checkpoints: Checkpoints | None = None,
+        deadline: float = math.inf,
+        on_epoch: Callable[[int, Epoch], bool] = lambda *_: False,
+    ) -> Thawed:
         """Train the top `depth` layers and the head together.
 
-        A `ModelError` if this family cannot be thawed so deep, a `DiskError` if something cannot be written, a
-        `TerminatedError` after SIGTERM.
+        `on_epoch` is called as by `train.fit`. A `ModelError` if this family cannot be thawed so deep, a `DiskError` if
+        something cannot be written, a `TerminatedError` after SIGTERM.
         """
         model, texts = self.thawed(depth)
         if texts.below is not None and self.config.store:
@@ -235,7 +241,7 @@ class FineTuning:
             return loss_and_accuracy(logits(model, 1), *truth)
 
         batches, label = self.batches(texts, self.parts[0], wanted.by_piece(classes)), layers_text(depth)
-        history = fit(model, batches, validate, schedule, checkpoints=checkpoints, label=f"fine-tuning {label}")
+        history = fit(model, batches, validate, schedule, on_epoch, checkpoints, f"fine-tuning {label}")
         held, test = logits(model, 1), logits(model, 2)
         return Thawed(depth, model.whole(), history, held, test, schedule)
 

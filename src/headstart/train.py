@@ -168,12 +168,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's record; losses are class-weighted means, seconds are wall seconds."""
+    """One epoch's record; losses are class-weighted means, seconds are wall seconds, `lr` is the last step's."""
 
     train_loss: float
     validation_loss: float
     validation_accuracy: float
     seconds: float
+    lr: float
 
     def words(self) -> str:
         """As a progress bar shows it."""
@@ -293,7 +294,7 @@ def fit(
                 model.eval()
                 with torch.inference_mode():
                     held = validate(model)
-                training.end_epoch(*held, time.perf_counter() - started)
+                training.end_epoch(*held, time.perf_counter() - started, schedule.lr_at(at.steps - 1, steps))
                 stop = on_epoch(len(at.epochs) - 1, at.epochs[-1]) or at.interrupted or is_over()
                 if not stop:
                     save()
@@ -341,10 +342,10 @@ class Training:
         self.optimizer.step(lr)
         at.done, at.steps = at.done + 1, at.steps + 1
 
-    def end_epoch(self, validation_loss: float, validation_accuracy: float, seconds: float) -> None:
+    def end_epoch(self, validation_loss: float, validation_accuracy: float, seconds: float, lr: float) -> None:
         """Note what the epoch came to, and its weights if it is the best."""
         at, train_loss = self.history, float(torch.stack(self.losses).mean())
-        at.epochs.append(Epoch(train_loss, validation_loss, validation_accuracy, seconds))
+        at.epochs.append(Epoch(train_loss, validation_loss, validation_accuracy, seconds, lr))
         if len(at.epochs) == 1 or self.schedule.prefers(at.epochs[-1], at.kept):
             at.best = len(at.epochs) - 1
             copy_tensors(self.named, self.best)
