@@ -18,6 +18,8 @@ COMMANDS = (
     ("audit",),
     ("explain",),
     ("export",),
+    ("calibrate",),
+    ("push",),
     ("serve",),
     ("cache",),
     ("cache", "info"),

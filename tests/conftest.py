@@ -179,6 +179,35 @@ def tiny_bert(tiny_models: Callable[[str], Path]) -> Path:
     return tiny_models("bert")
 
 
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[[str], Path]) -> Callable[..., Path]:
+    """Family name (and labels, else LABEL_0 to LABEL_2) -> folder of a tiny random classifier by transformers alone.
+
+    Do not write into it: copy it first.
+    """
+
+    @functools.cache
+    def build(family: str, *labels: str) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        from headstart.encoder import quiet_transformers
+
+        folder = tmp_path_factory.mktemp("elsewhere") / family
+        shutil.copytree(tiny_models(family), folder)
+        named = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        config = AutoConfig.from_pretrained(folder, **(named if labels else {"num_labels": 3}))
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        torch.set_rng_state(state)
+        with quiet_transformers():
+            model.save_pretrained(folder)
+        return folder
+
+    return build
+
+
 # --- tables
 
 

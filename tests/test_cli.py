@@ -112,7 +112,7 @@ NO_HF_NAME = {
     *("--config", "--save-config", "--report-to", "--selfcheck-resume", "--calibration"),
     *("--input", "--output", "--png", "--min-confidence", "--json", "--html", "--int8", "--force", "--host", "--port"),
     *("--api-key-env", "--max-body-bytes", "--max-batch", "--max-waiting", "--max-connections", "--timeout"),
-    *("--read-timeout", "--long", "--problem"),
+    *("--read-timeout", "--long", "--problem", "--private", "--with-texts"),
 }
 """A new option goes into one of these two: what Hugging Face's scripts call it, or that they have no such thing."""
 
@@ -534,6 +534,61 @@ def test_evaluate_prints_the_report(run: Run, tiny_run: Path, small_table: Path)
     assert ended.code == 0
     assert "precision" in ended.out
     assert "on 80 texts (95% interval" in ended.out
+
+
+def test_calibrate_prints_what_it_gained(
+    run: Run, elsewhere: Callable[..., Path], small_table: Path, tmp_path: Path
+) -> None:
+    ended = run("calibrate", elsewhere("bert", "bad", "good"), small_table, "--device", "cpu")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("Logits    divided by ")
+    for piece in (
+        f"fitted on 80 texts of {small_table}\n",
+        "each text by what was fitted on the 4 of 5 folds without it",
+        "before as after: no text is labelled otherwise\n",
+        "Saved     runs/bert-calibrated\n",
+        'headstart predict runs/bert-calibrated "your text"',
+    ):
+        assert piece in ended.out
+    assert (tmp_path / "runs" / "bert-calibrated" / "headstart.json").is_file()
+    again = run("calibrate", elsewhere("bert", "bad", "good"), small_table, "--device", "cpu")
+    assert (again.code, again.out) == (2, "")
+    assert "runs/bert-calibrated: is not empty" in again.err
+    assert run("calibrate", elsewhere("bert"), small_table, "--overwrite", "--device", "cpu").code == 0
+
+
+def test_a_classifier_made_elsewhere_is_told_of_as_any_other(
+    run: Run, elsewhere: Callable[..., Path], small_table: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(elsewhere("bert", "NEGATIVE", "POSITIVE"), tmp_path / "theirs")
+    ended = run("evaluate", "theirs", small_table)
+    assert ended.code == 0, ended.err
+    assert "on 80 texts (95% interval" in ended.out
+    assert "NEGATIVE" in ended.out
+    ended = run("explain", "theirs", "the film was superb")
+    assert ended.code == 0, ended.err
+    assert "The nearest training texts are not shown. theirs: was not trained by headstart" in ended.err
+    ended = run("export", "theirs")
+    assert (ended.code, ended.out) == (2, "")
+    assert "theirs: has no predictions.csv, so there is nothing to test the export on. Give --test FILE." in ended.err
+    ended = run("export", "theirs", "--test", small_table)
+    assert ended.code == 0, ended.err
+    assert run("predict", "theirs", "the film was superb").out.split("\t")[0] in ("NEGATIVE", "POSITIVE")
+
+
+def test_a_run_may_be_a_hub_id_that_the_local_cache_has(
+    run: Run, elsewhere: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--them--theirs"
+    shutil.copytree(elsewhere("bert", "bad", "good"), place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    ended = run("predict", "them/theirs", "the film was superb")
+    assert ended.code == 0, ended.err
+    assert ended.out.split("\t")[0] in ("bad", "good")
+    ended = run("predict", "them/others", "a")
+    assert ended.err == "headstart: them/others: no such run folder. headstart train makes one.\n"
 
 
 def test_lengths_advises_and_draws(run: Run, tiny_bert: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from headstart import predict
 from headstart.errors import DataError, ExportError, RunError
 from headstart.export import export
 from tests.conftest import FAMILIES, LIGHT, NOUNS, SMALL_ROWS, WORDS, write_csv
+from tests.test_runs import vocabulary_only
 
 TEXTS = ["the film was superb", "zebra", "", "the waiter was rude at the end of this story " * 3, "un hotel lovely"]
 """One is longer than max_length, and lengths differ, so that padding is seen."""
@@ -174,3 +175,36 @@ def test_a_damaged_export_is_said_to_be(exported_run: Path, tmp_path: Path) -> N
     with pytest.raises(RunError, match=r"cannot be loaded.*Export it again"):
         predict.load(tmp_path / "run")
     assert predict.load(tmp_path / "run", precision="fp32").predict(["a"]), "torch's own files are whole"
+
+
+# --- a classifier that transformers has made elsewhere
+
+
+def own_answers(run: Path, path: Path) -> str:
+    """A table that the classifier is right on, with labels by number."""
+    predictor = predict.load(run, precision="fp32")
+    numbers = [str(predictor.names.index(name)) for name in predictor.predict(TEXTS)]
+    return str(write_csv(path, [row for row in zip(TEXTS, numbers, strict=True) if row[0]]))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("bert", "roberta")])
+def test_a_classifier_made_elsewhere_is_exported(family: str, elsewhere: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(elsewhere(family), run)
+    found = export(run, "fp32", "refuses", own_answers(run, tmp_path / "t.csv"))
+    assert (found.agreement, found.accuracy_before, found.n) == (1.0, 1.0, len(TEXTS) - 1)
+    expected, got = both(run)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_an_export_of_what_has_but_a_vocabulary_brings_its_tokenizer(
+    elsewhere: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = vocabulary_only(elsewhere("bert"), tmp_path / "run")
+    with pytest.raises(RunError, match="Give --test FILE"):
+        export(run, "fp32", "refuses")
+    export(run, "fp32", "refuses", own_answers(run, tmp_path / "t.csv"))
+    command = [sys.executable, "-c", LIGHT, "predict", str(run), TEXTS[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded:"), done.stderr
+    assert done.stdout.split("\t")[0] == predict.load(run, precision="fp32").predict(TEXTS[:1])[0]

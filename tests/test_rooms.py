@@ -38,6 +38,8 @@ ROOMS = (
     "run",
     "selfcheck",
     "export",
+    "calibrate",
+    "hub",
     "serve.queue",
     "serve.schema",
     "serve.guard",

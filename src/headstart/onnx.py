@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from headstart.errors import InputError, RunError
 from headstart.parallel import Given, Made, cores, in_threads
 from headstart.runs import Classifier, read_about, read_json
+from headstart.tokens import Tokenizer
 
 FOLDER, RECORD = "onnx", "export.json"  # in a run folder, and in that: which file is used, and what the gate found
 
@@ -68,4 +69,6 @@ def load_onnx(run: str | Path, model: Path) -> OnnxClassifier:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds
         raise RunError(f"{model}: cannot be loaded ({' '.join(str(error).split())[:200]}). Export it again.") from error
-    return OnnxClassifier(**read_about(run), session=session)
+    place = model.parent if (model.parent / "tokenizer.json").is_file() else Path(run)  # export adds one if none was
+    about = read_about(run, lambda _, pad_id: Tokenizer.from_folder(place, pad_id))
+    return OnnxClassifier(**about, session=session)

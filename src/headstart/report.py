@@ -21,6 +21,7 @@ from headstart.data import Dataset
 from headstart.errors import disk_errors, printable
 from headstart.metrics import report_text
 from headstart.predict import answer_columns
+from headstart.runs import hub_id
 from headstart.tables import for_spreadsheets
 from headstart.thaw import layers_text
 from headstart.tokens import LengthAdvice
@@ -88,6 +89,7 @@ def _templates() -> Any:
     templates.filters |= {"score": "{:.3f}".format, "percent": "{:.0%}".format, "count": "{:,}".format}
     templates.filters |= {"quote": shlex.quote, "basename": lambda path: Path(path).name}
     templates.filters |= {"log2": math.log2, "layers": layers_text, "escape_markup": escape}
+    templates.filters |= {"hub_id": hub_id, "json": lambda text: json.dumps(printable(text), ensure_ascii=False)}
     templates.globals["report_lines"] = lambda numbers: report_text(numbers).rstrip().split("\n")
     return templates
 
