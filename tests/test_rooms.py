@@ -37,6 +37,7 @@ ROOMS = (
     "track",
     "run",
     "selfcheck",
+    "estimator",
     "export",
     "calibrate",
     "hub",
@@ -100,7 +101,7 @@ def test_every_room_has_a_test_file() -> None:
 
 
 def test_the_public_surface() -> None:
-    assert headstart.__all__ == ["load", "train"]
+    assert headstart.__all__ == ["Encoder", "TextClassifier", "load", "train"]
     assert all(callable(getattr(headstart, name)) for name in headstart.__all__)
 
 

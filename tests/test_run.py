@@ -382,6 +382,17 @@ def test_what_was_found_in_the_data_is_told(train: Callable[..., Run]) -> None:
     assert done.info["notices"] == list(done.notices)
 
 
+def test_a_notebook_shows_the_result(train: Callable[..., Run]) -> None:
+    labels = {"1": "<b>good</b>", "0": "bad"}
+    run = train([(text, labels[label]) for text, label in SMALL_ROWS], out="a <i>run")
+    shown = run._repr_html_()
+    assert "<b>" not in shown
+    assert "<td>&lt;b&gt;good&lt;/b&gt;</td>" in shown
+    assert f"accuracy {run.metrics['test']['accuracy']:.3f} (95% interval" in shown
+    assert "a &lt;i&gt;run</code>" in shown
+    assert "TF-IDF + logistic regression" in shown
+
+
 def test_the_test_part_has_no_say_in_the_model(train: Callable[..., Run], tmp_path: Path) -> None:
     """Other labels, other and much longer texts, more of them: the model and the choice of it stay the same."""
     tests = {

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from headstart.estimator import Encoder, TextClassifier
     from headstart.predict import Predictor
     from headstart.run import Run
 
-__all__ = ["load", "train"]
+__all__ = ["Encoder", "TextClassifier", "load", "train"]
 
 
 def train(data: str, *, out: str | None = None, **settings: Any) -> "Run":
@@ -40,6 +41,14 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in __all__ or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """The estimators, when they are first asked for: they bring scikit-learn and torch."""
+        if name not in ("Encoder", "TextClassifier"):
+            raise AttributeError(f"module 'headstart' has no attribute {name!r}")
+        from headstart import estimator
+
+        return getattr(estimator, name)
 
 
 sys.modules[__name__].__class__ = _Package

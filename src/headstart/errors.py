@@ -33,6 +33,10 @@ class InputError(HeadstartError):
     exit_code = 2
 
 
+class ArgumentError(InputError, ValueError):
+    """What was given from Python cannot be used; a ValueError, too, as scikit-learn has it."""
+
+
 class DataError(InputError):
     """A table cannot be used. Holds every problem found in it, one sentence each, not only the first."""
 

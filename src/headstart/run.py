@@ -57,6 +57,10 @@ class Run:
         """One screen: what was done, what came out, where it is, what to do next."""
         return report.told("summary.txt", self.info, self.metrics)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return report.told("run.html", self.info, self.metrics)
+
 
 @dataclass(frozen=True)
 class Learnt:
