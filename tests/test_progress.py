@@ -83,7 +83,7 @@ def test_drawn_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(IN_A_NOTEBOOK)])
     drawn = list[str]()
 
-    class Client(nbclient.NotebookClient):
+    class Client(nbclient.NotebookClient):  # type: ignore[misc]  # its types are not read
         """Keeps what was shown and went again."""
 
         def process_message(self, message: Any, cell: Any, index: int) -> Any:

@@ -234,12 +234,19 @@ def load_texts(source: str, text: str | None = None) -> list[str]:
 
 
 def split(
-    dataset: Dataset, validation: Dataset | None, test: Dataset | None, *, seed: int, duplicates: Duplicates
+    dataset: Dataset,
+    validation: Dataset | None,
+    test: Dataset | None,
+    *,
+    seed: int,
+    duplicates: Duplicates,
+    held: float = 15 / 85,
 ) -> Splits:
     """Train, validation and test parts: 70:15:15 as the article does it, or the tables given.
 
-    Scikit-learn's stratified `train_test_split` takes 30% off and halves that with the same seed, or takes 15 of 85 if
-    one table is given. `duplicates="together"` then moves all copies of a text to one part, if possible to training.
+    Scikit-learn's stratified `train_test_split` takes 30% off and halves that with the same seed, or takes
+    the share `held` if one table is given. `duplicates="together"` then moves all copies of a text to one part, if
+    possible to training.
     """
     given = {name: table for name, table in (("validation", validation), ("test", test)) if table is not None}
     parts = {"train": np.arange(len(dataset))}
@@ -248,7 +255,7 @@ def split(
         parts["validation"], parts["test"] = _cut(dataset, rest, 0.5, seed)
     elif len(given) == 1:
         missing = "test" if "validation" in given else "validation"
-        parts["train"], parts[missing] = _cut(dataset, parts["train"], round(len(dataset) * 15 / 85), seed)
+        parts["train"], parts[missing] = _cut(dataset, parts["train"], round(len(dataset) * held), seed)
     notices = [notice for table in (dataset, *given.values()) for notice in table.notices]
     rows = np.concatenate(list(parts.values()))
     old = np.repeat(list(parts), [len(part) for part in parts.values()])

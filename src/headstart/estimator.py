@@ -41,7 +41,8 @@ from headstart.trials import TrainedHead
 
 IN_MEMORY = "(in memory)"  # where the texts come from, in headstart.json
 MOST_ENCODERS = 2  # that stay loaded
-RECENT_BYTES, RECENT_TEXTS = 256 * 1024**2, 100_000  # of features, and texts with their token ids, kept for each of them
+RECENT_BYTES = 256 * 1024**2  # of features of texts seen lately, kept in memory for each of them
+RECENT_TEXTS = 100_000  # whose token ids are
 INFINITE = (float("inf"), float("-inf"))
 Json = dict[str, Any]
 Logits = NDArray[np.float64]
@@ -95,7 +96,7 @@ def labels_in(y: Any) -> Wanted:
         raise ArgumentError(f"y holds lists of labels; {mend}.") from error
     flat = y.ravel().tolist()
     kinds = (str,) if y.dtype.kind in "OU" and any(isinstance(one, str) for one in flat) else (int, float)
-    if wrong := [place for place, one in enumerate(flat) if not isinstance(one, kinds) or one != one or one in INFINITE]:
+    if wrong := [i for i, one in enumerate(flat) if not isinstance(one, kinds) or one != one or one in INFINITE]:
         where = name_rows(wrong).replace("row", "position")
         raise ArgumentError(f"Not a class at {where} of y, counted from 0: {flat[wrong[0]]!r}.")
     if y.dtype == object and kinds != (str,):
@@ -228,7 +229,7 @@ class FrozenScorer:
         inputs = head_inputs(encoder, self.kept.features(encoder, read.tokens), self.features)
         with torch.inference_mode():
             logits = self.head(inputs.to(next(self.head.parameters()).dtype))
-        return read.mean(logits.double().numpy())
+        return np.asarray(read.mean(logits.double().numpy()), np.float64)
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class WholeScorer:
         tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
         read = tokenizer.pieces(tokenizer(texts), limit, self.classifier.long)
         logits = token_logits(self.classifier, read.tokens, apply=self.classifier.side_by_side)
-        return read.mean(logits.astype(np.float64))
+        return np.asarray(read.mean(logits), np.float64)
 
 
 def scorer_of(folder: Path, info: Json, placement: Placement) -> FrozenScorer | WholeScorer:
@@ -298,6 +299,11 @@ class TextClassifier(ClassifierMixin, TextInput):
 
     Ctrl-C while fitting leaves the best so far, and is then passed on.
     """
+
+    _info: Json  # headstart.json
+    _learnt: Any  # what was trained here, and its encoder; None where it was read
+    _files: Any  # else the files of a run folder
+    _scorer: Any  # what makes logits; None before it is needed where it was read
 
     def __init__(
         self,
@@ -378,17 +384,19 @@ class TextClassifier(ClassifierMixin, TextInput):
         held = learnt.validation_logits.double().numpy()
         calibration, thresholds = judge.calibrated(held, splits.validation, config.calibration)
         rescale(learnt.module, *calibration)
-        self.metrics_ = {"stages": [run.stage_record(*stage) for stage in learnt.stages.items()]}
-        self.metrics_ |= {"calibration": {"method": config.calibration, **calibration.described()}}
+        numbers: Json = {"stages": [run.stage_record(*stage) for stage in learnt.stages.items()]}
+        numbers["calibration"] = {"method": config.calibration, **calibration.described()}
         if splits.validation is not dataset:
             said, truth = probabilities_of(calibration(held), dataset.problem), splits.validation.labels
-            self.metrics_["validation"] = metrics.evaluate(said, truth, dataset.names, dataset.problem, thresholds)
-        self.metrics_["features"] = self.features_ = ready.features.cost()
-        self.metrics_["timing"] = {**seconds, "total": time.perf_counter() - begun}
+            numbers["validation"] = metrics.evaluate(said, truth, dataset.names, dataset.problem, thresholds)
+        numbers["features"] = ready.features.cost()
+        numbers["timing"] = {**seconds, "total": time.perf_counter() - begun}
+        self.metrics_, self.features_ = numbers, numbers["features"]
         self._info = run.record(ready, config, learnt, Path(IN_MEMORY))
-        self._info |= {name: self.metrics_[name] for name in ("calibration", "timing")}
+        self._info |= {name: numbers[name] for name in ("calibration", "timing")}
         self._info |= {"thresholds": list(thresholds), "class_type": classes.dtype.str}
-        self.classes_, self._learnt, self._files, self._scorer = classes, (learnt.model, kept.encoder), None, None
+        self.classes_, self._learnt = classes, (learnt.model, kept.encoder)
+        self._files, self._scorer = None, None
         if isinstance(learnt.model, TrainedHead):
             head = learnt.model.head if learnt.model.spec is None else copy.deepcopy(learnt.model.head).double()
             self._scorer = FrozenScorer(kept, head, learnt.model.features, ready.max_length, config.long)
@@ -434,7 +442,7 @@ class TextClassifier(ClassifierMixin, TextInput):
             given["class_weight"] = None
         if given.get("thaw", "").isdecimal():
             given["thaw"] = int(given["thaw"])
-        known = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
+        known: Json = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
         self = cls(**{name: known[name] for name in cls().get_params() if name in known})
         several = info["problem"] == "multi"
         names = about["names"]
@@ -467,18 +475,18 @@ class TextClassifier(ClassifierMixin, TextInput):
             weights = (weights / weights.mean()).astype(np.float32)
         if len(classes) < 2:
             raise ArgumentError(f"y has one class ({data.shown(str(classes[0]))}), and at least two are needed.")
-        names, rows = names_of(classes), np.arange(len(texts))
-        kind: Any = "multi" if several else "single"
-        return Dataset(texts, labels, names, rows, (), source=IN_MEMORY, problem=kind, weights=weights), classes, class_weight
+        about: Json = {"problem": "multi" if several else "single", "source": IN_MEMORY, "weights": weights}
+        return Dataset(texts, labels, names_of(classes), np.arange(len(texts)), **about), classes, class_weight
 
     def _logits(self, X: Any) -> Logits:
         """(n, labels) logits of n texts."""
         check_is_fitted(self)
         texts = self._texts(X, reset=False)
         if self._scorer is None:
+            placement: Any = self.device, self.precision
             with tempfile.TemporaryDirectory(prefix="headstart-", ignore_cleanup_errors=True) as work:
                 self._write(Path(work), work)
-                self._scorer = scorer_of(Path(work), self._info, choose_placement(self.device, self.precision))
+                self._scorer = scorer_of(Path(work), self._info, choose_placement(*placement))
         return self._scorer(texts)
 
     def _write(self, folder: Path, out: str) -> None:
@@ -563,7 +571,8 @@ class Encoder(TransformerMixin, TextInput):
 
     def _source(self) -> tuple[Kept, list[str]]:
         """The encoder, and the features' own names."""
-        kept = kept_encoder(self.model, choose_placement(self.device, self.precision))
+        placement: Any = self.device, self.precision
+        kept = kept_encoder(self.model, choose_placement(*placement))
         given = (self.features,) if isinstance(self.features, str) else self.features
         return kept, [f"mean-{kept.encoder.layers}" if name == "mean-last" else name for name in given]
 

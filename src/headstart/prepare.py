@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,19 @@ def prepare(config: TrainConfig) -> Prepared:
     return replace(found, seconds=seconds | found.seconds)
 
 
-def ready(splits: Splits, raw_labels: tuple[str, ...], config: TrainConfig) -> Prepared:
-    """All of `prepare` that comes after reading; the test part may be empty."""
+def ready(
+    splits: Splits,
+    raw_labels: tuple[str, ...],
+    config: TrainConfig,
+    encoder: Encoder | None = None,
+    encode: Callable[[Encoder, Tokens], Features] = frozen_features,
+) -> Prepared:
+    """All of `prepare` that comes after reading, by an encoder that may be there; the test part may be empty."""
     seconds = dict.fromkeys(("tokenize", "encode"), 0.0)
     if splits.train.problem == "multi" and config.recipe == "article":
         raise InputError("--recipe article is for one label a text; leave it out.")
-    placement = choose_placement(config.device, config.precision)
     with measured(seconds, "encode"):
-        encoder = Encoder(config.model, placement)
+        encoder = encoder or Encoder(config.model, choose_placement(config.device, config.precision))
     if config.thaw.isdecimal() and config.thaw != "0":
         check_depth(encoder, int(config.thaw))
     parts = splits[:3]
@@ -73,7 +78,7 @@ def ready(splits: Splits, raw_labels: tuple[str, ...], config: TrainConfig) -> P
         max_length, why = choose_length(config, advice, encoder)
         read = encoder.tokenizer.pieces(whole, max_length, config.long)
     with measured(seconds, "encode"):
-        features = frozen_features(encoder, read.tokens)
+        features = encode(encoder, read.tokens)
     counts = np.split(read.counts, np.cumsum([len(part) for part in parts])[:-1])
     index = np.split(np.arange(len(read.tokens)), np.cumsum([some.sum() for some in counts])[:-1])
     several = len(read.tokens) > len(read.counts)
@@ -115,7 +120,7 @@ def read(config: TrainConfig) -> tuple[Splits, tuple[str, ...]]:
     if problems:
         raise DataError(problems)
     duplicates: data.Duplicates = "as they fall" if config.recipe == "article" else "together"
-    splits = data.split(replace(whole, names=shown), **given, seed=config.seed, duplicates=duplicates)
+    splits = data.split(replace(whole, names=shown), *given.values(), seed=config.seed, duplicates=duplicates)
     return splits, whole.names
 
 

@@ -176,7 +176,7 @@ def learn(
         interrupted = "interrupted" in plan
     if fine is not None:
         stages[f"thaw-{fine.depth}"], interrupted = fine.history, fine.history.interrupted
-    if config.recipe != "article" and not interrupted:
+    if config.recipe != "article" and len(ready.splits.test) and not interrupted:
         with contextlib.suppress(KeyboardInterrupt):  # all that matters has been learnt
             curve = learning_curve(task, chosen)
     if fine is not None and plan["kept"] != "0":
