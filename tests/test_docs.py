@@ -113,7 +113,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     asked = [f"About {topics[i % 6].replace('|', ' and ')}: {text}" for i, (text, _) in enumerate(mail)]
     tickets = [(text, topics[i % 6] or "|") for i, text in enumerate(asked)]
     write(tmp_path / "tickets.csv", "text,labels", tickets)
-    stars = [(text, 1 + i % 2 if label == "negative" else 4 + i % 2) for i, (text, label) in enumerate(mail)]
+    stars = [(text, (1 if label == "negative" else 4) + i // 2 % 2) for i, (text, label) in enumerate(mail)]
     stars[::9] = [(f"It was fine, no more. {text}", 3) for text, _ in stars[::9]]
     write(tmp_path / "stars.csv", "review,label", stars)
     long = [(" ".join([text] * 60), label) for text, label in itertools.islice(rows, 40)]
