@@ -22,8 +22,8 @@ def main() -> None:
     found = search.cv_results_
     for i in found["rank_test_score"].argsort():
         print(f"{found['mean_test_score'][i]:.3f} ± {found['std_test_score'][i]:.3f}  {found['params'][i]}")
-    best = search.best_estimator_
-    print(f"best: {search.best_params_}; its fit encoded {best.features_['encoded']} of {best.features_['texts']} texts")
+    features = search.best_estimator_.features_
+    print(f"best: {search.best_params_}; {features['encoded']} of {features['texts']} texts had to be encoded for it")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """README.md, docs/ and examples/ are true: their code runs, their links lead somewhere, the errors they quote are ours.
 
-Of each page, `python`, `bash` and `console` blocks are run in order, in one folder with small tables by the names that the
-pages use. Python blocks of a page share their names, as in a notebook; `headstart serve` runs on until the page ends, at a
-port that is free; of a `console` block the lines after `$ ` are run. `toml` and `json` blocks are parsed.
+Of each page, `python`, `bash` and `console` blocks are run in order, in one folder with small tables by the names that
+the pages use. Python blocks of a page share their names, as in a notebook; of a `console` block the lines after `$ ` are
+run; `headstart serve` runs on until the page ends, at a port that is free. `toml` and `json` blocks are parsed.
 
-Other blocks are not run: `text` is output, `sh` changes the machine or needs another one (pip, make, docker, systemd, the
-Hub), `js`, and the clients in docs/serving.md, are run by test_deploy.py. A runnable block is left out only under
-`<!-- not run: REASON -->`.
+Other blocks are not run: `text` is output; `sh` changes the machine or needs another one (pip, make, docker, systemd, the
+Hub), and may hold no command of headstart; `js`, and the clients in docs/serving.md, are run by test_deploy.py. A block
+that could be run is left out only under `<!-- not run: REASON -->`.
 """
 
 import ast
@@ -47,8 +47,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PARSERS: dict[str, Callable[[str], Any]] = {"json": json.loads, "toml": tomllib.loads}
 SHOWN = ("text", "sh", "js")
 RUN_ELSEWHERE = {"serving.md": ("bash", "python")}  # by test_deploy.py, against a server with a key
-CHANGES_THE_MACHINE = {".venv/bin/pip", "/opt/headstart/bin/pip", "cp", "docker", "hf", "make", "mkdir", "pip", "python3", "systemctl"}
-CHANGES_THE_MACHINE |= {"(umask", "journalctl", "tensorboard", "mlflow", "trackio"}
+CHANGES_THE_MACHINE = {".venv/bin/pip", "/opt/headstart/bin/pip", "(umask", "cp", "docker", "journalctl", "make", "mkdir"}
+CHANGES_THE_MACHINE |= {"mlflow", "pip", "python3", "systemctl", "tensorboard"}
 PORT = 8080
 
 
@@ -294,7 +294,8 @@ def strings_of_the_source() -> frozenset[str]:
 
 
 def test_each_error_under_troubleshooting_is_one_of_ours() -> None:
-    quoted = [line for one in blocks(DOCS / "troubleshooting.md") if one.language == "text" for line in one.code.splitlines()]
+    said = [block.code for block in blocks(DOCS / "troubleshooting.md") if block.language == "text"]
+    quoted = "".join(said).splitlines()
     assert len(quoted) >= 20
     for message in quoted:
         parts = [part.strip() for part in message.removeprefix("headstart: ").split("…")]
