@@ -1,7 +1,7 @@
 """README.md, docs/ and examples/ are true: their code runs, their links lead somewhere, the errors they quote are ours.
 
 Of each page, `python`, `bash` and `console` blocks are run in order, in one folder with small tables by the names
-that the pages use. Python blocks of a page share their names, as in a notebook; of a `console` block the lines after `$ `
+that the pages use. Python blocks of a page share their names, as in a notebook; of a `console` block lines after `$ `
 are run; `headstart serve` runs on until the page ends, at a free port. `toml` and `json` blocks are parsed.
 
 Other blocks are not run: `text` is output; `sh` changes the machine or needs another one (pip, make, docker, systemd)
