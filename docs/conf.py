@@ -6,6 +6,7 @@ project = "headstart"
 version = release = importlib.metadata.version("headstart")
 html_title = "headstart"
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["wrap.css"]
 html_copy_source = html_show_sphinx = html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
