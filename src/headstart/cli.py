@@ -288,9 +288,7 @@ def calibrate(
     text: TextOption = None,
     label: LabelOption = None,
     out: Annotated[Words, opt("--out DIR", "The new run folder (runs/NAME-calibrated).")] = None,
-    overwrite: Annotated[
-        bool, opt("--overwrite", "Replace a run folder that is there.")
-    ] = False,
+    overwrite: Annotated[bool, opt("--overwrite", "Replace a run folder that is there.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Fit a classifier's confidence to DATA, on which it must not have been trained; writes a new run folder."""
