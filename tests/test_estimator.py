@@ -32,9 +32,10 @@ from sklearn.utils.validation import validate_data
 
 import headstart
 from headstart import estimator as room
-from headstart import features, predict
+from headstart import features, predict, recent
 from headstart.errors import ArgumentError, InputError, ModelError, RunError
 from headstart.estimator import Encoder, TextClassifier, TextInput
+from headstart.inputs import texts_in
 from tests.conftest import SMALL_ROWS, WORDS
 
 HEAD: dict[str, Any] = {"device": "cpu", "precision": "fp32", "thaw": 0, "head_features": ("mean-1",), "head_width": 0}
@@ -49,7 +50,7 @@ NEW = ["the soup was great", "the phone was rude", "superb", ""]
 @pytest.fixture(autouse=True)
 def nothing_kept() -> None:
     """Each test begins as a process does."""
-    room._KEPT.clear()
+    recent._KEPT.clear()
 
 
 @pytest.fixture
@@ -302,7 +303,7 @@ def test_a_grid_of_heads_encodes_each_text_once(make: Callable[..., Any], monkey
         encoded.append(found.encoded)
         return found
 
-    monkeypatch.setattr(room, "frozen_features", counted)
+    monkeypatch.setattr(recent, "frozen_features", counted)
     grid = GridSearchCV(make(), {"head_width": [0, 8], "lr": [1e-2, 1e-3]}, cv=FOLDS).fit(TEXTS, LABELS)
     assert sum(encoded) == 80
     assert len(encoded) == 2, "a fold's texts, and the rest: all others were in memory"
@@ -365,7 +366,7 @@ SAME_TEXTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", SAME_TEXTS)
 def test_texts_come_in_any_shape(kind: str, make: Callable[..., Any]) -> None:
-    assert room.texts_in(SAME_TEXTS[kind]) == TEXTS
+    assert texts_in(SAME_TEXTS[kind]) == TEXTS
     clf = make(epochs=1).fit(SAME_TEXTS[kind], LABELS)
     is_column = len(getattr(SAME_TEXTS[kind], "shape", ())) == 2
     assert getattr(clf, "n_features_in_", None) == (1 if is_column else None)
@@ -537,36 +538,3 @@ def test_a_pickle_is_a_run_folder_and_nothing_of_torch(
     *shares, scorer = done.stdout.split()
     np.testing.assert_allclose([float(one) for one in shares], clf.predict_proba(NEW[:2])[:, 1], atol=1e-4)
     assert scorer == "WholeScorer"
-
-
-def test_an_encoder_stays_loaded_until_its_files_change(
-    make: Callable[..., Any], tiny_bert: Path, tmp_path: Path
-) -> None:
-    for name in ("one", "two", "three"):
-        shutil.copytree(tiny_bert, tmp_path / name)
-
-    def fit(name: str) -> Any:
-        return make(model=str(tmp_path / name), epochs=1).fit(TEXTS, LABELS)._scorer.kept
-
-    first = fit("one")
-    assert fit("one") is first
-    os.utime(tmp_path / "one" / "model.safetensors", (1, 1))
-    assert fit("one") is not first
-    fit("two")
-    fit("three")
-    assert len(room._KEPT) == room.MOST_ENCODERS
-
-
-def test_what_is_kept_in_memory_is_bounded(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "RECENT_BYTES", 100 * 4 * 32 * 2)
-    monkeypatch.setattr(room, "RECENT_TEXTS", 100)
-    clf = make(epochs=1).fit(TEXTS, LABELS)
-    kept = clf._scorer.kept
-    before = clf.predict_proba(TEXTS)
-    assert len(kept.recent[0]) == len(kept.encoder.tokenizer.recent) == 80
-    clf.predict([f"{text} {text}" for text in TEXTS])
-    assert len(kept.recent[0]) == 80
-    assert len(kept.encoder.tokenizer.recent) == 0
-    clf.predict([f"{number} {text}" for number in (1, 2) for text in TEXTS])
-    assert len(kept.recent[0]) == 80
-    assert (clf.predict_proba(TEXTS) == before).all()

@@ -10,131 +10,37 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
-from sklearn.utils import check_consistent_length, check_random_state, column_or_1d, compute_sample_weight
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils import check_consistent_length, check_random_state, compute_sample_weight
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from headstart import data, judge, metrics, prepare, report, run
 from headstart.checkpoints import check_out
 from headstart.config import TrainConfig, settings
-from headstart.data import Dataset, Indexes, Splits, is_number
-from headstart.encoder import Encoder as Pretrained
-from headstart.encoder import Placement, choose_placement, stored_layout
-from headstart.engine import PooledScorer
-from headstart.errors import ArgumentError, DataError, count_of
-from headstart.features import Features, Keys, frozen_features, text_keys
+from headstart.data import Dataset, Splits
+from headstart.encoder import choose_placement
+from headstart.errors import ArgumentError, DataError
 from headstart.folders import new_folder
-from headstart.model import TorchClassifier, head_inputs, load_run, rescale, save_model
-from headstart.predict import decide, probabilities_of, token_logits
+from headstart.inputs import classes_of, labels_in, names_of, sample_weights, texts_in
+from headstart.model import head_inputs, rescale, save_model
+from headstart.predict import decide, probabilities_of
+from headstart.recent import FrozenScorer, Kept, Logits, kept_encoder, scorer_of
 from headstart.runs import read_about, read_json
-from headstart.tables import name_rows
-from headstart.tokens import Tokenizer, Tokens, ragged
 from headstart.trials import TrainedHead
 
 IN_MEMORY = "(in memory)"  # where the texts come from, in headstart.json
-MOST_ENCODERS = 2  # that stay loaded
-RECENT_BYTES = 256 * 1024**2  # of features of texts seen lately, kept in memory for each of them
-RECENT_TEXTS = 100_000  # whose token ids are
-INFINITE = (float("inf"), float("-inf"))
 Json = dict[str, Any]
-Logits = NDArray[np.float64]
 Files = dict[str, bytes]
 SHARED = (  # parameters that are settings, by the same name and with the same default
     *("model", "thaw", "time_budget", "head", "head_features", "head_width", "head_dropout", "trials", "epochs"),
     *("max_steps", "patience", "batch_size", "lr", "weight_decay", "clip_norm", "max_length", "long", "calibration"),
     *("device", "precision"),
 )
-
-
-def texts_in(given: Any) -> list[str]:
-    """The texts of a list, an array, a Series, or a table of one column, of any library; else an `ArgumentError`."""
-    if isinstance(given, (str, bytes)):
-        raise ArgumentError(f"A lone text was given; give a list of texts: [{data.shown(str(given))}].")
-    columns = getattr(given, "column_names", None)  # of a `datasets.Dataset`, which numpy would take for records
-    if columns is not None and not hasattr(given, "__array__"):
-        given = given[columns[0]] if len(columns) == 1 else np.empty((len(given), len(columns)))
-    array = hasattr(given, "__array__")
-    found = np.asarray(given if array or not np.iterable(given) else [*given], dtype=object)
-    if found.ndim == 2 and found.shape[1] != 1:
-        raise ArgumentError(f"One column of texts is needed, and there are {count_of(found.shape[1], 'column')}.")
-    if found.ndim not in (1, 2):
-        raise ArgumentError(f"Texts are given as a list, a Series or one column, not as {type(given).__name__}.")
-    texts = found.ravel().tolist()
-    if not texts:
-        raise ArgumentError("There are no texts: at least one is needed.")
-    if wrong := [place for place, one in enumerate(texts) if not isinstance(one, str)]:
-        what, where = texts[wrong[0]], name_rows(wrong).replace("row", "position")
-        raise ArgumentError(f"Not a text at {where}, counted from 0: {what!r} ({type(what).__name__}).")
-    return list(map(str, texts))
-
-
-class Wanted(NamedTuple):
-    """`labels`, (n,) indexes into `classes`, or (n, classes) of 0 and 1 where a text may have several."""
-
-    labels: Indexes
-    classes: NDArray[Any]
-
-
-def labels_in(y: Any) -> Wanted:
-    """What scikit-learn takes as the target of a classifier: (n,) classes, or an indicator matrix, also sparse."""
-    if y is None:
-        raise ArgumentError("A classifier requires y to be passed, but the target y is None.")
-    if hasattr(y, "toarray"):
-        y = y.toarray()
-    try:
-        y = np.asarray(y if hasattr(y, "__array__") or not np.iterable(y) else [*y])
-    except ValueError as error:
-        mend = "give an indicator matrix, as scikit-learn's MultiLabelBinarizer makes it"
-        raise ArgumentError(f"y holds lists of labels; {mend}.") from error
-    flat = y.ravel().tolist()
-    kinds = (str,) if y.dtype.kind in "OU" and any(isinstance(one, str) for one in flat) else (int, float)
-    if wrong := [i for i, one in enumerate(flat) if not isinstance(one, kinds) or one != one or one in INFINITE]:
-        where = name_rows(wrong).replace("row", "position")
-        raise ArgumentError(f"Not a class at {where} of y, counted from 0: {flat[wrong[0]]!r}.")
-    if y.dtype == object and kinds != (str,):
-        y = np.array(flat).reshape(y.shape)
-    kind = type_of_target(y, input_name="y")
-    check_classification_targets(y)
-    if kind == "multilabel-indicator":
-        return Wanted(y.astype(np.int64), np.arange(y.shape[1]))
-    classes, labels = np.unique(column_or_1d(y, warn=True), return_inverse=True)
-    return Wanted(labels.astype(np.int64), classes)
-
-
-def names_of(classes: NDArray[Any]) -> tuple[str, ...]:
-    """Classes as a run folder names them: whole numbers in plain digits."""
-    plain = classes.astype(np.int64) if classes.dtype.kind == "f" else classes
-    return tuple(map(str, plain.tolist()))
-
-
-def classes_of(names: Sequence[str], dtype: str | None) -> NDArray[Any]:
-    """Classes from a run folder's names, of the type that they had; where that is not known, numbers if all are."""
-    kind = np.dtype(dtype or ("int64" if all(map(is_number, names)) else "str"))
-    if kind.kind == "b":
-        return np.array([name == "True" for name in names])
-    return np.array(names, dtype=kind if kind.kind in "OU" else np.int64).astype(kind)
-
-
-def sample_weights(sample_weight: ArrayLike | None, n: int) -> NDArray[np.float64] | None:
-    """(n,) weights as given, None: 1 each; an `ArgumentError` if they are no weights, or all are zero."""
-    if sample_weight is None:
-        return None
-    weights = np.asarray(sample_weight, np.float64)
-    if weights.shape != (n,):
-        raise ArgumentError(f"sample_weight has the shape {weights.shape}, and ({n},) is needed.")
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        raise ArgumentError("sample_weight has a weight below zero, or one that is no number.")
-    if not weights.any():
-        raise ArgumentError("sample_weight: all weights are zero, so there is nothing to learn from.")
-    return weights
 
 
 def held_out(dataset: Dataset, share: float, seed: int) -> Splits:
@@ -150,110 +56,6 @@ def held_out(dataset: Dataset, share: float, seed: int) -> Splits:
             if all(part.counts.all() for part in parts[:2]):
                 return parts
     return Splits(dataset, dataset, nothing)
-
-
-class RecentTokenizer(Tokenizer):
-    """A tokenizer that remembers the texts it saw lately."""
-
-    def __init__(self, plain: Tokenizer) -> None:
-        self.__dict__ |= plain.__dict__
-        self.recent: dict[str, NDArray[np.int32]] = {}
-
-    def __call__(self, texts: Sequence[str], *, progress: str | None = None) -> Tokens:
-        """As `Tokenizer` does."""
-        known = self.recent
-        if fresh := [text for text in dict.fromkeys(texts) if text not in known]:
-            found = super().__call__(fresh, progress=progress)
-            known = known | {text: found[i] for i, text in enumerate(fresh)}
-        self.recent = known if len(known) <= RECENT_TEXTS else {}
-        return ragged([known[text] for text in texts])
-
-
-@dataclass
-class Kept:
-    """An encoder that stays loaded, and what it made of texts seen lately: distinct keys, and their features."""
-
-    encoder: Pretrained
-    recent: tuple[Keys, NDArray[np.float16]] | None = None
-
-    def features(self, encoder: Pretrained, tokens: Tokens) -> Features:
-        """As `frozen_features`, without looking at the disk where all of the texts were seen lately."""
-        keys, where = np.unique(text_keys(tokens), return_inverse=True)
-        known = np.zeros(len(keys), dtype=bool)
-        if self.recent is not None:
-            stored, values = self.recent
-            _, here, places = np.intersect1d(keys, stored, assume_unique=True, return_indices=True)
-            known[here] = True
-            if known.all():
-                return Features(values[places], where.ravel(), stored_layout(encoder), 0, len(keys))
-        found = frozen_features(encoder, tokens)
-        fresh = keys[~known], found.distinct[~known]
-        if self.recent is not None and self.recent[1].nbytes + fresh[1].nbytes <= RECENT_BYTES:
-            self.recent = np.concatenate([self.recent[0], fresh[0]]), np.concatenate([self.recent[1], fresh[1]])
-        elif found.distinct.nbytes <= RECENT_BYTES:
-            self.recent = keys, found.distinct
-        return found
-
-
-_KEPT: dict[tuple[Any, ...], Kept] = {}  # the one used last stands last
-
-
-def kept_encoder(model: str, placement: Placement) -> Kept:
-    """An encoder loaded once in this process, unless its files have changed since."""
-    folder = Path(model)
-    files = sorted((one.name, one.stat().st_mtime_ns) for one in folder.iterdir()) if folder.is_dir() else []
-    key = (model, placement, *files)
-    if (kept := _KEPT.pop(key, None)) is None:
-        kept = Kept(Pretrained(model, placement))
-        kept.encoder.tokenizer = RecentTokenizer(kept.encoder.tokenizer)
-    _KEPT[key] = kept
-    while len(_KEPT) > MOST_ENCODERS:
-        del _KEPT[next(iter(_KEPT))]
-    return kept
-
-
-@dataclass(frozen=True)
-class FrozenScorer:
-    """A head on stored features: what was encoded in training is not encoded again."""
-
-    kept: Kept
-    head: torch.nn.Module  # in double precision, so that a text's logits do not depend on those beside it
-    features: tuple[str, ...]
-    max_length: int
-    long: Any
-
-    def __call__(self, texts: Sequence[str]) -> Logits:
-        """(n, labels) logits."""
-        encoder = self.kept.encoder
-        read = encoder.tokenizer.pieces(encoder.tokenizer(texts), self.max_length, self.long)
-        inputs = head_inputs(encoder, self.kept.features(encoder, read.tokens), self.features)
-        with torch.inference_mode():
-            logits = self.head(inputs.to(next(self.head.parameters()).dtype))
-        return np.asarray(read.mean(logits.double().numpy()), np.float64)
-
-
-@dataclass(frozen=True)
-class WholeScorer:
-    """A classifier as a run folder holds it."""
-
-    classifier: TorchClassifier
-
-    def __call__(self, texts: Sequence[str]) -> Logits:
-        """(n, labels) logits."""
-        tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
-        read = tokenizer.pieces(tokenizer(texts), limit, self.classifier.long)
-        logits = token_logits(self.classifier, read.tokens, apply=self.classifier.side_by_side)
-        return np.asarray(read.mean(logits), np.float64)
-
-
-def scorer_of(folder: Path, info: Json, placement: Placement) -> FrozenScorer | WholeScorer:
-    """What scores by a run folder; through stored features if it is a head on an encoder that is loaded here."""
-    classifier = load_run(folder, placement)
-    fingerprint, model = info.get("encoder_fingerprint"), classifier.model
-    kept = next((one for one in _KEPT.values() if one.encoder.fingerprint == fingerprint), None)
-    if kept is None or not isinstance(model, PooledScorer):
-        return WholeScorer(classifier)
-    return FrozenScorer(kept, model.head.double(), tuple(model.features), classifier.max_length, classifier.long)
 
 
 class TextInput(BaseEstimator):

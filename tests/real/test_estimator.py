@@ -10,7 +10,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 from headstart import Encoder, TextClassifier, features
-from headstart import estimator as room
+from headstart import recent as room
 
 pytestmark = pytest.mark.real
 HEADS = {"head_width": [0, 64, 128, 256], "lr": [3e-4, 1e-3]}
