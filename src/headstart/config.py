@@ -68,7 +68,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # Largest gradient norm.
     max_length: int | None = None  # Tokens kept of a text, special ones too; None: from the training texts' lengths.
     long: Long = "truncate"  # Read of a longer text: its beginning, beginning and end, or windows over it.
-    # `balanced`: each class counts alike in the loss; `none`: each text does; `auto`: balanced with one label a text.
+    # In the loss: `balanced`: each class counts alike; `none`: each text; `auto`: balanced, but not several or stars.
     class_weight: ClassWeight = "auto"
     calibration: Calibration = "temperature"  # Divides logits by what validation data says, in the head's last layer.
     seed: int = 2021  # Decides the split, the first weights and the order of batches.

@@ -160,6 +160,8 @@ def learn(
     ready: Prepared, config: TrainConfig, out: Path, announce: Announce, on_epoch: OnEpoch = lambda *_: False
 ) -> Learnt:
     """Train the head, on all folds where asked for, and fine-tune; keep what is better on validation data."""
+    if config.class_weight == "auto" and ready.splits.train.problem == "ordered":
+        config = replace(config, class_weight="none")  # else answers would stray to the rare ends
     task = head_task(ready, head_settings(config))
     chosen = head = train_head(task)
     for number, epoch in enumerate(chosen.history.epochs):
