@@ -46,7 +46,8 @@ OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PARSERS: dict[str, Callable[[str], Any]] = {"json": json.loads, "toml": tomllib.loads}
 SHOWN = ("text", "sh", "js")
-RUN_ELSEWHERE = {"serving.md": ("bash", "python")}  # by test_deploy.py, against a server with a key
+# By test_deploy.py, against a server with a key; and what comes before stands in README.md, too.
+RUN_ELSEWHERE = {"serving.md": ("bash", "console", "python")}
 PIPS = (".venv/bin/pip", "/opt/headstart/bin/pip", "pip", "python3")
 OF_THE_MACHINE = {*PIPS, "(umask", "cp", "docker", "journalctl", "make", "mkdir", "mlflow", "systemctl", "tensorboard"}
 PORT = 8080
