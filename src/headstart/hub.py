@@ -129,10 +129,10 @@ def push(upload: Upload) -> str:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with hub_errors(repo):
-        if get_token() is None:
-            how = "Make one that may write at https://huggingface.co/settings/tokens, then: hf auth login"
-            raise InputError(f"{repo}: the Hub wants a token, and there is none on this machine. {how}")
         api = HfApi(library_name="headstart", library_version=version)
+        if get_token() is None:
+            how = f"Make one that may write at {api.endpoint}/settings/tokens, then: hf auth login"
+            raise InputError(f"{repo}: the Hub wants a token, and there is none on this machine. {how}")
         there: set[str] = set()
         try:
             found = api.model_info(repo, timeout=TIMEOUT)
