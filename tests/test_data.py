@@ -762,7 +762,10 @@ def test_cells_with_a_bar_hold_several_labels(tmp_path: Path) -> None:
     assert any("--problem single" in one for one in found.notices)
     some = write_csv(tmp_path / "single.csv", [(f"text {i}", "ab|c"[: i % 2 * 3 + 1]) for i in range(12)])
     assert load(str(some), problem="single").names == ("a", "ab|c")
-    assert load(str(some)).names == ("a", "ab", "c")
+    assert load(str(some), problem="multi").names == ("a", "ab", "c")
+    alone = load(str(some))
+    assert (alone.problem, alone.names) == ("single", ("a", "ab|c")), "its parts come nowhere else"
+    assert any("--problem multi" in one for one in alone.notices)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])

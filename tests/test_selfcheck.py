@@ -17,7 +17,7 @@ from headstart.selfcheck import TEXTS, check_resume, finish, kill
 from tests.conftest import SMALL_ROWS, write_csv
 
 
-@pytest.mark.parametrize("thaw", ["auto", "2"])
+@pytest.mark.parametrize("thaw", ["auto", pytest.param("2", marks=pytest.mark.slow)])
 def test_it_proves_that_resuming_is_exact(
     thaw: str, tiny_bert: Path, small_table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,9 +139,15 @@ def label_sets(column: pl.Series, known: Sequence[str] = ()) -> list[tuple[str, 
 
 
 def problem_of(column: pl.Series) -> Problem:
-    """The kind of problem that a column of labels looks like."""
-    if column.dtype.is_nested() or (column.dtype == pl.String and column.str.contains(SEVERAL, literal=True).any()):
+    """The kind of problem that a column of labels looks like.
+
+    A `|` parts labels if its parts come again in other cells; a single label may have one in its name.
+    """
+    if column.dtype.is_nested():
         return "multi"
+    if column.dtype == pl.String and column.str.contains(SEVERAL, literal=True).any():
+        cells = {frozenset(one) for one in label_sets(column) if one is not None}
+        return "multi" if len(frozenset().union(*cells)) <= len(cells) else "single"
     return "ordered" if set(label_texts(column)) - {""} == set(STARS) else "single"
 
 
@@ -183,6 +189,10 @@ def load(
     present = present_in(own)
     if kind == "multi" and problem == "auto" and not column.dtype.is_nested():
         notices.append(f"{path}: {SEVERAL!r} parts a text's labels (with --problem single each cell is one label).")
+    elif problem == "auto" and any(SEVERAL in one for one in present):
+        notices.append(
+            f"{path}: {SEVERAL!r} is part of a label's name (with --problem multi it parts a text's labels)."
+        )
     too_few = f"{path}: has {count_of(len(texts), 'usable row')}, and at least {least_rows} are needed."
     problems = [too_few] if len(texts) < least_rows else []
     if not known:

@@ -82,6 +82,7 @@ def test_both_precisions_give_the_same_labels(run: Run, sample: list[str]) -> No
     assert same.mean() >= 0.985
 
 
+@pytest.mark.slow
 def test_the_demo_runs_in_a_fresh_place_without_a_network(tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HEADSTART_CACHE_DIR": str(tmp_path / "cache"), "NO_COLOR": "1"}
     command = [sys.executable, "-m", "headstart.cli", "demo"]

@@ -56,7 +56,7 @@ def serving(run: Path, log: Path, *options: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def served(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of a run with the labels 0 and 1."""
-    with serving(tiny_run, tmp_path_factory.mktemp("served") / "log") as address:
+    with serving(tiny_run, tmp_path_factory.mktemp("served") / "log", "--precision", "fp32") as address:  # as predict
         yield address
 
 
@@ -342,7 +342,9 @@ def test_a_dropped_table_is_scored_as_predict_does(
     assert len(found) == len(expected)
     for mine, its in zip(found[1:], expected[1:], strict=True):
         assert mine[:4] == [for_spreadsheets(cell) for cell in its[:4]]
-        assert [cell and float(cell) for cell in mine[4:]] == pytest.approx([cell and float(cell) for cell in its[4:]])
+        assert [cell and float(cell) for cell in mine[4:]] == pytest.approx(
+            [cell and float(cell) for cell in its[4:]], abs=1e-6
+        )
     blank = sum(not text.strip() for _, text, _ in ROWS)
     assert told(browser, "#table .status").endswith(f". {blank} rows without text got no label.")
     assert told(browser, "caption") == f"{name}: the first 10 of {len(ROWS)} rows"

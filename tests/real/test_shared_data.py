@@ -78,6 +78,7 @@ def test_the_article_recipe_encodes_each_text_once_however_many_epochs(trained: 
     assert many["test"]["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_folds_report_mean_and_spread_and_train_on_all_but_test(trained: Trained) -> None:
     numbers = trained("trec/train.csv", "", "trec/test.csv", folds=3)
     folds = numbers["folds"]
@@ -97,6 +98,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_scoring_a_file_ten_times_as_long_takes_no_more_memory(
     trained: Trained, shared_data: Path, tmp_path: Path
 ) -> None:
