@@ -27,6 +27,9 @@ TEXTS = ["the film was superb", "zebra", "", "the waiter was rude at the end of 
 """One is longer than max_length, and lengths differ, so that padding is seen."""
 
 
+QUICK_FAMILIES = ("bert", "roberta", "modernbert")  # the others take as long and differ less
+
+
 def both(run: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Probabilities of TEXTS by torch in fp32 and by the export."""
     torch_said, onnx_said = (predict.load(run, precision=precision) for precision in ("fp32", "auto"))
@@ -63,7 +66,16 @@ def test_the_model_names_its_inputs_and_labels_and_leaves_batch_and_length_open(
 
 
 @pytest.mark.parametrize(
-    ("family", "head"), [*((family, "pooled") for family in FAMILIES), ("bert", "native"), ("roberta", "native")]
+    ("family", "head"),
+    [
+        *((family, "pooled") for family in QUICK_FAMILIES),
+        *(
+            pytest.param(family, "pooled", marks=pytest.mark.slow)
+            for family in FAMILIES
+            if family not in QUICK_FAMILIES
+        ),
+        *(("bert", "native"), ("roberta", "native")),
+    ],
 )
 def test_every_family_is_exported(family: str, head: str, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     table = write_csv(tmp_path / "small.csv", SMALL_ROWS)

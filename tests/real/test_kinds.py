@@ -55,7 +55,9 @@ def long(data: Path) -> Rows:
     ]
 
 
-@pytest.mark.parametrize("rows_of", [topics, stars, long])
+@pytest.mark.parametrize(
+    "rows_of", [topics, pytest.param(stars, marks=pytest.mark.slow), pytest.param(long, marks=pytest.mark.slow)]
+)
 def test_from_a_table_to_a_server(rows_of: Callable[[Path], Rows], shared_data: Path, tmp_path: Path) -> None:
     rows = rows_of(shared_data)
     table = write_csv(tmp_path / "table.csv", rows)

@@ -44,8 +44,8 @@ def trained(shared_data: Path, tmp_path: Path) -> Trained:
     ("data", "floor"),
     [
         (("sst2/train.csv", "sst2/dev.csv", "sst2/test.csv"), 0.82),
-        (("customer-reviews.csv",), 0.82),
-        (("trec/train.csv", "", "trec/test.csv"), 0.90),
+        pytest.param(("customer-reviews.csv",), 0.82, marks=pytest.mark.slow),
+        pytest.param(("trec/train.csv", "", "trec/test.csv"), 0.90, marks=pytest.mark.slow),
     ],
 )
 def test_frozen_features_beat_the_baseline(data: tuple[str, ...], floor: float, trained: Trained) -> None:

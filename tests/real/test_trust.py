@@ -74,7 +74,8 @@ def without(found: Explanation, starts: set[int]) -> str:
     return " ".join(word.word for word in found.words if word.start not in starts)
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [25, 200])
 def test_the_top_three_words_count_more_than_three_others(count: int, sst2: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", str(sst2 / "train.csv"), sst2)
     classifier = load_run(tmp_path / "run", choose_placement("auto", "fp32"))
