@@ -335,3 +335,9 @@ def test_the_learning_curve_is_of_parts_of_the_texts_and_ends_in_the_head(encode
     assert [point["texts"] for point in curve] == [round(n / 8), round(n / 2), n]
     assert curve[-1]["validation_accuracy"] == head.history.kept.validation_accuracy
     assert learning_curve(whole, head) == curve, "the same seed, the same curve"
+
+
+def test_where_all_but_dropout_is_given_one_head_is_trained(encoder: Encoder, features: Features) -> None:
+    given: dict[str, Any] = {"head_features": ("mean-2",), "head_width": 8, "lr": 1e-2, "weight_decay": 0.01}
+    assert train_head(task_of(encoder, features, **given)).tried == 1
+    assert train_head(task_of(encoder, features, **{**given, "lr": None})).tried > 1

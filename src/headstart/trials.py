@@ -197,7 +197,9 @@ def pick_head(task: Task) -> TrainedHead:
         best = pick_head(task.take(np.sort(np.random.default_rng(config.seed).permutation(len(task.wanted))[:most])))
         return best if best.history.interrupted else replace(_fit(task, best.spec, best.schedule), tried=best.tried)
     sets = [config.head_features] if config.head_features is not None else layer_sets(task.train.layout)
-    first, *refinements = {task.plan((), guess): guess for guess in (FIRST_GUESS, *REFINEMENTS)}.values()  # each once
+    settled = None not in (config.head_width, config.lr, config.weight_decay)  # only dropout would be left
+    guesses = (FIRST_GUESS,) if settled else (FIRST_GUESS, *REFINEMENTS)
+    first, *refinements = {task.plan((), guess): guess for guess in guesses}.values()  # each once
     tried: list[TrainedHead] = []
     with bar("trying heads", config.trials or len(sets) + len(sets[:2]) * len(refinements), "heads") as advance:
 
