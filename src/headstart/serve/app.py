@@ -253,9 +253,9 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> F
     for path, answer in (("/docs", service.docs), ("/metrics", service.metrics)):
         app.get(path, include_in_schema=False)(answer)
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, on_http)  # type: ignore[arg-type]
-    app.add_exception_handler(HeadstartError, on_refused)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, on_invalid)  # type: ignore[arg-type]  # typed for any Exception
+    app.add_exception_handler(HTTPException, on_http)  # type: ignore[arg-type]  # typed for any Exception
+    app.add_exception_handler(HeadstartError, on_refused)  # type: ignore[arg-type]  # typed for any Exception
     app.add_middleware(Guard, door=service.door)
     return app
 

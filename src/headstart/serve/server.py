@@ -86,6 +86,7 @@ class PatientProtocol(HttpToolsProtocol):
         self.timer: asyncio.TimerHandle | None = None
         self.in_head, self.received = True, 0  # whether headers are awaited; bytes of this request so far
 
+    # uvicorn narrows the type in the same way, so that mypy sees an override of asyncio's.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse one too many, or wait for its headers."""
         super().connection_made(transport)
