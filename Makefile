@@ -32,7 +32,7 @@ fix: $(VENV)/.installed-test
 	$(BIN)/python docs/generate_schema.py src/headstart/train.schema.json
 
 # Against its peers, on ../shared/data: about an hour on two idle cores. One group: make bench ONLY=encode
-bench: $(VENV)/.installed $(PEERS)/.installed
+bench: $(VENV)/.installed-test $(PEERS)/.installed
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(MAKE) bench-table)
 
@@ -49,16 +49,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
 # torch first and alone, so that nothing pulls another build of it in.
 $(PEERS)/.installed: benchmarks/peers/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $<
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --requirement $<
 	touch $@

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster import workers
 from frozen import article, article_base, cold, encode, heads, scale, score, trials
 from measure import BenchError, Samples, describe_machine, note, run_child
 from serving import serve
@@ -30,6 +31,7 @@ GROUPS: dict[str, Callable[[Bench, Samples], list[Ratio]]] = {
     "scale": scale,
     "trials": trials,
     "serve": serve,
+    "workers": workers,
     "thaw": thaw,
     "costs": costs,
 }

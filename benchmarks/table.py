@@ -11,7 +11,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-ORDER = ("article", "article-base", "heads", "encode", "score", "cold", "scale", "trials", "thaw", "costs", "serve")
+ORDER = (
+    *("article", "article-base", "heads", "encode", "score", "cold", "scale", "trials"),
+    *("thaw", "costs", "serve", "workers"),
+)
 NOTHING = "Nothing has been measured yet: `make bench` does."
 
 

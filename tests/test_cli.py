@@ -107,6 +107,8 @@ HF_NAMES = {
     "--resume": "--resume-from-checkpoint",
 }
 NO_HF_NAME = {
+    "--ray",
+    "--workers",
     *("--label-names", "--recipe", "--thaw", "--head", "--class-weight", "--seed", "--device", "--precision"),
     *("--trials", "--folds", "--time-budget", "--dry-run", "--no-store", "--checkpoint-minutes", "--keep-checkpoints"),
     *("--config", "--save-config", "--report-to", "--selfcheck-resume", "--calibration"),
@@ -196,6 +198,8 @@ def test_every_option_of_train_is_a_setting() -> None:
         "save_config",
         "no_store",
         "selfcheck_resume",
+        "ray",
+        "workers",
     } <= fields
 
 

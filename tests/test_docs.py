@@ -49,7 +49,8 @@ SHOWN = ("text", "sh", "js")
 # By test_deploy.py, against a server with a key; and what comes before stands in README.md, too.
 RUN_ELSEWHERE = {"serving.md": ("bash", "console", "python")}
 PIPS = (".venv/bin/pip", "/opt/headstart/bin/pip", "pip", "python3")
-OF_THE_MACHINE = {*PIPS, "(umask", "cp", "docker", "journalctl", "make", "mkdir", "mlflow", "systemctl", "tensorboard"}
+OF_THE_MACHINE = {*PIPS, "(umask", "cp", "docker", "export", "journalctl", "make", "mkdir", "mlflow", "ray"}
+OF_THE_MACHINE |= {"systemctl", "tensorboard"}
 PORT = 8080
 
 

@@ -579,3 +579,19 @@ def test_part_of_the_features_is_those_texts(encoder: Encoder) -> None:
     np.testing.assert_array_equal(values_of(part), values_of(whole)[[0, 1]])
     assert len(part) == 2
     assert part.cost() == whole.cost()
+
+
+@pytest.mark.parametrize("kind", ["a folder", "elsewhere"])
+def test_machines_share_what_one_has_encoded(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    url = str(tmp_path / "shared") if kind == "a folder" else f"memory://{tmp_path.name}"
+    monkeypatch.setenv("HEADSTART_SHARED_STORE", url)
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "one"))
+    first = features_of(encoder, TEXTS[:6])
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "other"))
+    both = features_of(encoder, TEXTS[:9])
+    assert (both.reused, both.encoded) == (6, 3)
+    np.testing.assert_array_equal(values_of(both)[:6], values_of(first))
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "one"))
+    assert features_of(encoder, TEXTS[:9]).encoded == 0

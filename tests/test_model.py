@@ -26,7 +26,7 @@ from headstart.features import Features, frozen_features
 from headstart.folders import new_folder
 from headstart.model import HeadSpec, PooledModel, head_inputs, native_feature, native_model, save_model
 from headstart.predict import Predictor
-from headstart.train import Targets
+from headstart.targets import Targets
 from tests.conftest import FAMILIES
 
 CPU = choose_placement("cpu", "fp32")

@@ -20,6 +20,7 @@ from headstart.encoder import Encoder, choose_placement
 from headstart.engine import NATIVE_HEADS
 from headstart.errors import DiskError, ModelError
 from headstart.model import ThawedModel, native_model
+from headstart.targets import Targets
 from headstart.thaw import (
     Cost,
     FineTuning,
@@ -31,7 +32,6 @@ from headstart.thaw import (
     predicted_costs,
 )
 from headstart.tokens import Tokens
-from headstart.train import Targets
 from tests.conftest import BAD, GOOD, NOUNS
 
 CPU = choose_placement("cpu", "fp32")

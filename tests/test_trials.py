@@ -15,7 +15,8 @@ from headstart import config, trials
 from headstart.encoder import Encoder, choose_placement
 from headstart.errors import InputError
 from headstart.features import Features, frozen_features
-from headstart.train import History, Targets, fit
+from headstart.targets import Targets
+from headstart.train import History, fit
 from headstart.trials import (
     Task,
     TrainedHead,

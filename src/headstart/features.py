@@ -29,9 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from headstart.config import CACHE_MAX_BYTES
-from headstart.encoder import Encoder, encode, stored_layout
+from headstart.encoder import Encode, Encoder, encode, stored_layout
 from headstart.errors import InputError, disk_errors
 from headstart.folders import file_sha256, reserve, whole_file
+from headstart.places import Place
 from headstart.progress import bar
 from headstart.tokens import Tokens
 
@@ -157,6 +158,20 @@ class Shelf:
                 part.write_bytes(data)
             evict(store)
 
+    def exchange(self) -> None:
+        """Fetch what others have put into HEADSTART_SHARED_STORE, and put ours there; nothing, where that is not set.
+
+        It is a folder or an address that fsspec knows. Segments never change and no two have one name.
+        """
+        if url := os.environ.get("HEADSTART_SHARED_STORE"):
+            place = Place(f"{url}/{self.folder.name}")
+            here, there = {path.name for path in self.folder.glob("*.safetensors")}, set(place.names())
+            for name in there - here:
+                with disk_errors(self.folder), whole_file(self.folder / name) as part:
+                    part.write_bytes(place.read(name))
+            for name in here - there:
+                place.write(name, (self.folder / name).read_bytes())
+
 
 def evict(store: Path) -> None:
     """Delete what was used longest ago while the store is over its cap."""
@@ -177,25 +192,29 @@ def by_age(folder: Path, *patterns: str) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
-def frozen_features(encoder: Encoder, tokens: Tokens) -> Features:
+def frozen_features(encoder: Encoder, tokens: Tokens, compute: Encode = encode) -> Features:
     """What the frozen encoder makes of n truncated texts: from the store if it is there, else computed and kept.
 
-    Each distinct text is found or computed once, in half precision either way. A `DiskError` if it cannot be stored.
+    Each distinct text is found or computed once, in half precision either way, by `compute`, here or elsewhere. A
+    `DiskError` if it cannot be stored.
     """
     layout = stored_layout(encoder)
     shelf = Shelf(encoder, layout)
+    shelf.exchange()
     keys, first, where = np.unique(text_keys(tokens), return_index=True, return_inverse=True)
     values = roomy((len(keys), len(layout), encoder.hidden), np.float16)
     missing = np.flatnonzero(~shelf.lookup(keys, values))
     left, unsaved = len(missing), missing[:0]
     with bar("encoding" if left else None, left, "texts") as advance:
-        for index, fresh in encode(encoder, tokens.take(first[missing]), layout) if left else ():
+        for index, fresh in compute(encoder, tokens.take(first[missing]), layout) if left else ():
             values[missing[index]] = fresh
             unsaved, left = np.append(unsaved, missing[index]), left - len(index)
             advance(len(index), "")
             if left == 0 or values[0].nbytes * len(unsaved) >= SEGMENT_BYTES:
                 shelf.append(keys[unsaved], values[unsaved])
                 unsaved = unsaved[:0]
+    if len(missing):
+        shelf.exchange()
     return Features(values, where.ravel(), layout, len(missing), len(keys) - len(missing), tuple(shelf.warnings))
 
 

@@ -124,6 +124,15 @@ class Predictor:
         probabilities = np.array([answers[key][0] for key in keys]).reshape(len(keys), len(self.names))
         return Scores(probabilities, np.array([answers[key][1] for key in keys], dtype=bool))
 
+    def score_alone(self, texts: Sequence[str]) -> Scores:
+        """The same on this thread, with nothing remembered: what comes out is a function of these texts only."""
+        if not texts:
+            return Scores(np.empty((0, len(self.names))), np.empty(0, dtype=bool))
+        answers = self._score([(text.encode("utf-8", "surrogatepass"), text) for text in dict.fromkeys(texts)])
+        found = [answers[text.encode("utf-8", "surrogatepass")] for text in texts]
+        probabilities = np.array([one for one, _ in found]).reshape(len(texts), len(self.names))
+        return Scores(probabilities, np.array([cut for _, cut in found], dtype=bool))
+
     def _score(self, fresh: Sequence[tuple[bytes, str]]) -> dict[bytes, tuple[NDArray[np.float64], bool]]:
         """What to remember of texts, by key, computed on one thread."""
         classifier, tokenizer = self.classifier, self.classifier.tokenizer

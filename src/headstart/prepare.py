@@ -1,6 +1,7 @@
 """All that precedes training: from settings to splits, the encoder, token ids and features. Nothing is learnt here."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -14,12 +15,21 @@ import numpy as np
 from headstart import data, tables
 from headstart.config import TrainConfig
 from headstart.data import Dataset, Indexes, Splits
-from headstart.encoder import Encoder, choose_placement, length_limit, load_config, load_tokenizer, locate
+from headstart.encoder import (
+    Encode,
+    Encoder,
+    choose_placement,
+    encode,
+    length_limit,
+    load_config,
+    load_tokenizer,
+    locate,
+)
 from headstart.errors import DataError, InputError
 from headstart.features import Features, frozen_features
 from headstart.model import check_depth
+from headstart.targets import Targets
 from headstart.tokens import LengthAdvice, Tokens, advise_length
-from headstart.train import Targets
 
 PARTS = ("train", "validation", "test")  # as `Splits` has them
 MUCH_LOST = 0.01  # of all tokens
@@ -47,12 +57,12 @@ class Prepared:
     seconds: dict[str, float]
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Read, split, tokenise and encode; an `InputError` if the data, the model or a setting cannot be used."""
+def prepare(config: TrainConfig, compute: Encode = encode) -> Prepared:
+    """Read, split, tokenise and encode by `compute`; an `InputError` if data, model or a setting cannot be used."""
     seconds = {"read": 0.0}
     with measured(seconds, "read"):
         splits, raw_labels = read(config)
-    found = ready(splits, raw_labels, config)
+    found = ready(splits, raw_labels, config, featurize=functools.partial(frozen_features, compute=compute))
     return replace(found, seconds=seconds | found.seconds)
 
 
@@ -61,7 +71,7 @@ def ready(
     raw_labels: tuple[str, ...],
     config: TrainConfig,
     encoder: Encoder | None = None,
-    encode: Callable[[Encoder, Tokens], Features] = frozen_features,
+    featurize: Callable[[Encoder, Tokens], Features] = frozen_features,
 ) -> Prepared:
     """All of `prepare` that comes after reading, by an encoder that may be there; the test part may be empty."""
     seconds = dict.fromkeys(("tokenize", "encode"), 0.0)
@@ -78,7 +88,7 @@ def ready(
         max_length, why = choose_length(config, advice, encoder)
         read = encoder.tokenizer.pieces(whole, max_length, config.long)
     with measured(seconds, "encode"):
-        features = encode(encoder, read.tokens)
+        features = featurize(encoder, read.tokens)
     counts = np.split(read.counts, np.cumsum([len(part) for part in parts])[:-1])
     index = np.split(np.arange(len(read.tokens)), np.cumsum([some.sum() for some in counts])[:-1])
     several = len(read.tokens) > len(read.counts)

@@ -20,7 +20,7 @@ import torch
 from headstart import data, metrics, report
 from headstart.checkpoints import PLAN, Checkpoints, check_out, is_unfinished
 from headstart.config import PLACES, HeadKind, TrainConfig
-from headstart.encoder import Placement
+from headstart.encoder import Encode, Placement, encode
 from headstart.engine import side_by_side
 from headstart.errors import InputError, StoppedEarlyError, disk_errors
 from headstart.explain import FEW, explain
@@ -30,9 +30,10 @@ from headstart.model import Depth, load_run, rescale, save_model
 from headstart.predict import decide, probabilities_of
 from headstart.prepare import PARTS, Prepared, data_fingerprint, default_name, measured, prepare
 from headstart.runs import read_json
+from headstart.targets import Targets
 from headstart.thaw import FineTuning, Thawed, deepest_within, layers_text, predicted_costs
 from headstart.track import Log
-from headstart.train import Epoch, History, Targets
+from headstart.train import Epoch, History
 from headstart.trials import Task, TrainedHead, in_folds, learning_curve, refit, train_head
 
 LEFT = "Ctrl-C: the checkpoints in {} are left as they are; --resume goes on from the newest."
@@ -80,7 +81,20 @@ class Learnt:
     learning_curve: list[Json]
 
 
-def train(config: TrainConfig, started: float | None = None, announce: Announce = lambda _: None) -> Run:
+@dataclass(frozen=True)
+class Means:
+    """What computes the two things that take long: encoding and fine-tuning. This process does, or others for it."""
+
+    encode: Encode = encode
+    fine_tune: Callable[[FineTuning, Depth, Checkpoints, float, Callable[[int, Epoch], bool]], Thawed] = FineTuning.fit
+
+
+HERE = Means()
+
+
+def train(
+    config: TrainConfig, started: float | None = None, announce: Announce = lambda _: None, means: Means = HERE
+) -> Run:
     """Train, test once, and write the run folder; the total counts from `started`, a `time.time()`, or from now.
 
     `announce` is told what comes next, or has come out. An `InputError` is raised, with nothing written, if the data,
@@ -90,15 +104,15 @@ def train(config: TrainConfig, started: float | None = None, announce: Announce 
     out = out_folder(config)
     check_out(out, overwrite=config.overwrite, resume=config.resume)
     with Log(config, out, announce) as log:
-        return _train(config, out, started, announce, log)
+        return _train(config, out, started, announce, log, means)
 
 
-def _train(config: TrainConfig, out: Path, started: float, announce: Announce, log: Log) -> Run:
-    ready = prepare(config)
+def _train(config: TrainConfig, out: Path, started: float, announce: Announce, log: Log, means: Means) -> Run:
+    ready = prepare(config, means.encode)
     log.start()
     splits, names, seconds = ready.splits, ready.splits.train.names, {**ready.seconds, "train": 0.0, "evaluate": 0.0}
     with measured(seconds, "train"):
-        learnt = learn(ready, config, out, announce, log.epoch)
+        learnt = learn(ready, config, out, announce, log.epoch, means)
     with measured(seconds, "evaluate"):
         held, tested = (logits.double().numpy() for logits in (learnt.validation_logits, learnt.test_logits))
         judged = judge(splits, held, tested, config.calibration)
@@ -157,7 +171,12 @@ def fine_tuning(ready: Prepared, config: TrainConfig, probe: TrainedHead | None 
 
 
 def learn(
-    ready: Prepared, config: TrainConfig, out: Path, announce: Announce, on_epoch: OnEpoch = lambda *_: False
+    ready: Prepared,
+    config: TrainConfig,
+    out: Path,
+    announce: Announce,
+    on_epoch: OnEpoch = lambda *_: False,
+    means: Means = HERE,
 ) -> Learnt:
     """Train the head, on all folds where asked for, and fine-tune; keep what is better on validation data."""
     if config.class_weight == "auto" and ready.splits.train.problem == "ordered":
@@ -174,7 +193,7 @@ def learn(
     if config.folds is not None and not interrupted:
         head, cross = train_on_all(task, chosen, ready)
     if config.thaw != "0" and not interrupted:
-        fine, plan = thaw_after(ready, chosen, config, out, announce, on_epoch)
+        fine, plan = thaw_after(ready, chosen, config, out, announce, on_epoch, means)
         interrupted = "interrupted" in plan
     if fine is not None:
         stages[f"thaw-{fine.depth}"], interrupted = fine.history, fine.history.interrupted
@@ -216,7 +235,13 @@ def coloured(folder: Path, mistakes: Sequence[Json], placement: Placement) -> li
 
 
 def thaw_after(
-    ready: Prepared, head: TrainedHead, config: TrainConfig, out: Path, announce: Announce, on_epoch: OnEpoch
+    ready: Prepared,
+    head: TrainedHead,
+    config: TrainConfig,
+    out: Path,
+    announce: Announce,
+    on_epoch: OnEpoch,
+    means: Means,
 ) -> tuple[Thawed | None, Json]:
     """Fine-tune as deep as was asked for or as the time allows; and what was predicted and decided, for headstart.json.
 
@@ -246,7 +271,7 @@ def thaw_after(
         with disk_errors(out), whole_file(out / PLAN) as temporary:
             report.write_json(temporary, plan)
         deadline = begun + config.time_budget if config.thaw == "auto" else math.inf
-        fine = task.fit(depth, checkpoints, deadline, functools.partial(on_epoch, f"thaw-{depth}"))
+        fine = means.fine_tune(task, depth, checkpoints, deadline, functools.partial(on_epoch, f"thaw-{depth}"))
     except KeyboardInterrupt:
         if plan and any(out.glob("checkpoint-*/")):
             raise StoppedEarlyError(LEFT.format(out)) from None

@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,6 +33,20 @@ csv.field_size_limit(2**31 - 1)  # texts may be longer than the 128 kB that Pyth
 def resolve_path(source: str) -> str:
     """The path or address behind what was given as DATA: `sample` is the set shipped with headstart."""
     return str(importlib.resources.files("headstart") / "samples" / "reviews.csv") if source == "sample" else source
+
+
+def is_remote(source: str) -> bool:
+    """Whether a path is an address of elsewhere."""
+    return "://" in source and not source.startswith("file://")
+
+
+def is_many(source: str, output: str | None) -> bool:
+    """Whether what is asked for is many tables, or a folder of answers, and not one table into one."""
+    if Path(source).is_dir() or (is_remote(source) and not source.startswith("hf://")):
+        return True
+    if any(sign in source for sign in "*?[") and not Path(source).is_file():
+        return True
+    return output not in (None, "-") and (not Path(str(output)).suffix or Path(str(output)).is_dir())
 
 
 def file_format(source: str) -> str:
@@ -172,12 +186,10 @@ def _ragged_rows(source: str, text: str) -> list[str]:
     """One sentence for each wrong number of fields, or else on quotes that have no partner."""
     # A line ends in a line feed alone, as polars sees it.
     lines = [line.rstrip("\r").replace("\r", " ") + "\n" for line in text.removesuffix("\n").split("\n")]
-    expected = read = 0
+    expected = 0
     wrong, problems = dict[int, list[int]](), list[str]()
-    reader = csv.reader(lines, delimiter=read_delimiter(source))
-    for row, cells in enumerate(reader, start=1):
-        odd = sum(line.count('"') for line in lines[read : reader.line_num]) % 2 == 1
-        read, expected = reader.line_num, expected or len(cells)
+    for row, (cells, odd) in enumerate(_cells(lines, read_delimiter(source)), start=1):
+        expected = expected or len(cells)
         if odd and "\n" in cells[-1]:  # only at the end of the file can a field still be open
             problems.append(f"{source}: row {row} opens a quote that is never closed. Close it, or double it.")
         elif odd or (cells and len(cells) != expected):
@@ -191,6 +203,64 @@ def _ragged_rows(source: str, text: str) -> list[str]:
         have = f"{name_rows(lone)} {'has' if len(lone) == 1 else 'have'} a lone quote"
         problems.append(f"{source}: {have}. Put quotes around the text, and double the one inside.")
     return problems
+
+
+def _cells(lines: Iterable[str], delimiter: str) -> Iterator[tuple[list[str], bool]]:
+    """The cells of each row, and whether it has a quote without a partner."""
+    quotes = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal quotes
+        for line in lines:
+            quotes += line.count('"')
+            yield line
+
+    for cells in csv.reader(counted(), delimiter=delimiter):
+        yield cells, quotes % 2 == 1
+        quotes = 0
+
+
+def rows_one_by_one(source: str) -> Iterator[tuple[bytes, str | None]]:
+    """Each row of a delimited table (header, too) or of JSON lines, as a line of a whole one; what is wrong with it.
+
+    Delimited ones are written anew, as CSV. Of a blank row the line is empty.
+    """
+    with _open_bytes(source) as file:
+        if not is_delimited(source):
+            for line in file:
+                yield (line.strip() + b"\n" if line.strip() else b""), _wrong_with_json(line)
+            return
+        expected = 0
+        lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(file))
+        for cells, odd in _cells(lines, read_delimiter(source)):
+            expected = expected or len(cells)
+            csv.writer(written := io.StringIO(), lineterminator="\n").writerow(cells)
+            line, reason = written.getvalue().encode("utf-8", "surrogateescape"), None
+            if odd:
+                reason = "it has a quote without a partner"
+            elif len(cells) != expected:
+                reason = f"it has {count_of(len(cells), 'field')} where the header has {expected}"
+            elif not _is_utf8(line):
+                reason = "it is not UTF-8"
+            elif b"\0" in line:
+                reason = "it has a NUL byte"
+            yield (line, reason) if cells else (b"", None)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _wrong_with_json(line: bytes) -> str | None:
+    try:
+        right = not line.strip() or isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError) as error:
+        return f"it is not JSON ({error})"
+    return None if right else "it is no record"
 
 
 def _broken_json(source: str, text: str) -> list[str]:

@@ -6,6 +6,7 @@ layers above. This room knows tokens, hidden states and what each depth costs; t
 
 import copy
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -29,9 +30,11 @@ from headstart.errors import count_of, disk_errors
 from headstart.features import cache_folder, evict
 from headstart.folders import reserve, whole_file
 from headstart.model import Depth, ThawedModel
+from headstart.peers import add_up, seat
 from headstart.progress import bar
+from headstart.targets import Targets, class_weights, loss_and_accuracy
 from headstart.tokens import Tokens, like_length_batches
-from headstart.train import Epoch, History, Part, Schedule, Targets, class_weights, fit, loss_and_accuracy, shuffled
+from headstart.train import Epoch, History, Part, Schedule, fit, shuffled
 
 LR, BATCH, WEIGHT_DECAY, WARMUP = 1e-4, 32, 0.01, 0.1
 EPOCHS, STEPS = (3, 6), 650  # between so many epochs, for so many steps: small tables need more (Mosbach et al. 2021)
@@ -39,6 +42,7 @@ WINDOW = 50  # batches of like length are cut from so many shuffled ones, as tra
 PROBES, PREFIX_TEXTS = 4, 512  # batches that a step is measured on, and texts that the prefix is, spread over lengths
 CPU = torch.device("cpu")
 Indexes = NDArray[np.int64]
+OnEpoch = Callable[[int, Epoch], bool]
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Batches of like length of the texts at (n,) `index`, each cut into parts, one a device.
+    """Batches of like length of the texts at (n,) `index`, each cut into parts, one a device of each process.
 
+    Texts of a batch lie by length and go to the parts in turns, so that parts are alike in tokens, not only in texts.
     `wanted` are their labels and what each counts in the loss: see `Targets.by_piece`.
     """
 
@@ -124,7 +129,7 @@ class TokenBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[Sequence[Part]]:
         """Batches of an epoch from the `start`-th on; the shuffle depends on the seed and `number` alone."""
         order, size = shuffled(len(self), self.seed + 1, number), self.batch_size
-        lengths, parts = self.texts.tokens.lengths[self.index], len(self.devices)
+        lengths, here, local = self.texts.tokens.lengths[self.index], seat(), len(self.devices)
         windows = shuffled(len(self.index), self.seed, number).split(WINDOW * size)
         ordered = np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in map(np.asarray, windows)])
 
@@ -134,19 +139,22 @@ class TokenBatches:
 
         for place in order.tolist()[start:]:
             batch = ordered[place * size : (place + 1) * size]
-            yield [part(batch[i::parts], device) for i, device in enumerate(self.devices[: len(batch)])]
+            mine = enumerate(self.devices, here.rank * local)
+            yield [part(batch[i :: local * here.size], device) for i, device in mine if i < len(batch)]
 
 
 def logits_of(model: torch.nn.Module, texts: Texts, index: Indexes, labels: int) -> torch.Tensor:
-    """(len(index), labels) fp32 logits of the texts at `index`, by a model in eval mode."""
-    found, device = torch.empty(len(index), labels), texts.encoder.placement.device
+    """(len(index), labels) fp32 logits of the texts at `index`, by a model in eval mode; processes share the work."""
+    found, device, here = torch.zeros(len(index), labels), texts.encoder.placement.device, seat()
 
     def score(places: Indexes) -> tuple[Indexes, torch.Tensor]:
         with torch.inference_mode():
             return places, model(*texts.inputs(index[places], device)).float().cpu()
 
-    for places, logits in side_by_side(score, like_length_batches(texts.tokens.lengths[index])):
+    batches = itertools.islice(like_length_batches(texts.tokens.lengths[index]), here.rank, None, here.size)
+    for places, logits in side_by_side(score, batches):
         found[torch.from_numpy(places)] = logits
+    add_up(found)
     return found
 
 
@@ -220,9 +228,21 @@ class FineTuning:
         depth: Depth,
         checkpoints: Checkpoints | None = None,
         deadline: float = math.inf,
-        on_epoch: Callable[[int, Epoch], bool] = lambda *_: False,
+        on_epoch: OnEpoch = lambda *_: False,
     ) -> Thawed:
-        """Train the top `depth` layers and the head together.
+        """`train`, and what its model says of the texts that it was not trained on."""
+        model, texts, history = self.train(depth, checkpoints, deadline, on_epoch)
+        held, test = (self.logits(model, texts, part) for part in (1, 2))
+        return Thawed(depth, model.whole(), history, held, test, self.schedule)
+
+    def train(
+        self,
+        depth: Depth,
+        checkpoints: Checkpoints | None,
+        deadline: float = math.inf,
+        on_epoch: OnEpoch = lambda *_: False,
+    ) -> tuple[ThawedModel, Texts, History]:
+        """Train the top `depth` layers and the head together; the model, what it read, and how it went.
 
         `on_epoch` is called as by `train.fit`. A `ModelError` if this family cannot be thawed so deep, a `DiskError` if
         something cannot be written, a `TerminatedError` after SIGTERM.
@@ -230,20 +250,19 @@ class FineTuning:
         model, texts = self.thawed(depth)
         if texts.below is not None and self.config.store:
             texts = texts.keep()
-        schedule, (wanted, *others) = replace(self.schedule, deadline=deadline), self.targets
+        schedule, wanted, held = replace(self.schedule, deadline=deadline), *self.targets[:2]
         classes = class_weights(wanted.labels, len(self.names), self.config.class_weight)
-        truth = others[0].tensors(classes)
-
-        def logits(model: torch.nn.Module, part: int) -> torch.Tensor:
-            return self.targets[part].mean(logits_of(model, texts, self.parts[part], len(self.names)))
+        truth = held.tensors(classes)
 
         def validate(model: torch.nn.Module) -> tuple[float, float]:
-            return loss_and_accuracy(logits(model, 1), *truth)
+            return loss_and_accuracy(self.logits(model, texts, 1), *truth)
 
         batches, label = self.batches(texts, self.parts[0], wanted.by_piece(classes)), layers_text(depth)
-        history = fit(model, batches, validate, schedule, on_epoch, checkpoints, f"fine-tuning {label}")
-        held, test = logits(model, 1), logits(model, 2)
-        return Thawed(depth, model.whole(), history, held, test, schedule)
+        return model, texts, fit(model, batches, validate, schedule, on_epoch, checkpoints, f"fine-tuning {label}")
+
+    def logits(self, model: torch.nn.Module, texts: Texts, part: int) -> torch.Tensor:
+        """(n, labels) logits of the texts of one of the three parts."""
+        return self.targets[part].mean(logits_of(model, texts, self.parts[part], len(self.names)))
 
 
 def layers_text(depth: Depth) -> str:

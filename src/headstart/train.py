@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.optim.adamw import adamw
 
 from headstart.checkpoints import Checkpoints
-from headstart.config import ClassWeight
 from headstart.engine import side_by_side
 from headstart.errors import InputError, TerminatedError
+from headstart.peers import add_up, seat
 from headstart.progress import bar
-from headstart.tokens import mean_by_text
+from headstart.targets import weighted_loss
 
 Validate = Callable[[nn.Module], tuple[float, float]]  # mean loss and accuracy, after each epoch, in eval mode
 Keep = Literal["lowest loss", "most accurate", "last"]  # the epoch, on validation data, whose weights are kept
@@ -33,66 +31,6 @@ Part = tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter beside its steps, as torch names it
 OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|can.t allocate memory|memoryerror")  # as torch's devices say it
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What n texts should be given: `labels`, (n,) indexes or (n, classes) of 0 and 1; and (n,) weights, None: 1 each.
-
-    `pieces` says in how many each text is read, None: in one. Each is learnt from; a text gets their mean logits.
-    """
-
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32] | None = None
-    pieces: NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Targets"]) -> "Targets":
-        """Those of several parts, one after the other; either all have weights, and pieces, or none has."""
-        fields: Any = zip(*((one.labels, one.weights, one.pieces) for one in parts), strict=True)
-        found: list[Any] = [None if some[0] is None else np.concatenate(some) for some in fields]
-        return cls(*found)
-
-    @property
-    def seen(self) -> int:
-        """How many labels there are examples of."""
-        return len(np.unique(self.labels)) if self.labels.ndim == 1 else int(self.labels.any(axis=0).sum())
-
-    def take(self, index: NDArray[np.int64]) -> "Targets":
-        """Those of the texts at `index`, in that order."""
-        fields: Any = (self.labels, self.weights, self.pieces)
-        found: list[Any] = [None if one is None else one[index] for one in fields]
-        return Targets(*found)
-
-    def places(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the pieces of the texts at `index` are among all pieces."""
-        if self.pieces is None:
-            return index
-        ends = np.cumsum(self.pieces)
-        return np.concatenate([index[:0], *(np.arange(ends[i] - self.pieces[i], ends[i]) for i in index.tolist())])
-
-    def by_piece(self, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels as the loss takes them, and what each counts in it, by piece; `classes` (classes,) are weights."""
-        labels, weights = self.tensors(classes)
-        if self.pieces is None:
-            return labels, weights
-        pieces = torch.from_numpy(self.pieces)
-        return labels.repeat_interleave(pieces, dim=0), weights.repeat_interleave(pieces, dim=0)
-
-    def tensors(self, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for each text."""
-        labels = torch.from_numpy(self.labels)
-        weights = classes[labels] if labels.ndim == 1 else torch.where(labels > 0, classes, torch.ones(()))
-        if self.weights is not None:
-            weights = weights * torch.from_numpy(self.weights).view(-1, *[1] * (labels.ndim - 1))
-        return labels if labels.ndim == 1 else labels.float(), weights
-
-    def mean(self, logits: torch.Tensor) -> torch.Tensor:
-        """(n, classes) logits of texts from those of their pieces."""
-        return logits if self.pieces is None else torch.from_numpy(mean_by_text(logits.numpy(), self.pieces))
 
 
 class Batches(Protocol):
@@ -203,36 +141,6 @@ class History:
         return self.epochs[self.best]
 
 
-def class_weights(labels: NDArray[np.int64], classes: int, kind: ClassWeight) -> torch.Tensor:
-    """(classes,) fp32 weights in the loss; `balanced` is scikit-learn's n / (classes * count).
-
-    Where a text may have several labels, `balanced` is how many texts lack a label for each that has it. A class
-    without rows (possible where a split was given) weighs 1: it is never a target.
-    """
-    several = labels.ndim == 2
-    if kind == "none" or (several and kind == "auto"):
-        return torch.ones(classes)
-    counts = labels.sum(axis=0) if several else np.bincount(labels, minlength=classes)
-    whole = len(labels) - counts if several else len(labels) / np.count_nonzero(counts)
-    return torch.from_numpy(np.where(counts, whole / np.maximum(counts, 1), 1.0)).float()
-
-
-def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of cross-entropy; where labels are (n, classes) of 0 and 1, of each label's binary one."""
-    if labels.ndim == 1:
-        each = nn.functional.cross_entropy(logits, labels, reduction="none")
-    else:
-        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return (each * weights).sum() / weights.sum().clamp_min(1e-12)
-
-
-def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
-    """The weighted loss of (n, classes) logits, and the share of texts whose labels are all right."""
-    several = labels.ndim == 2
-    right = ((logits > 0) == (labels > 0)).all(dim=1) if several else logits.argmax(dim=1) == labels
-    return float(weighted_loss(logits, labels, weights)), float(right.float().mean())
-
-
 def fit(
     model: nn.Module,
     batches: Batches,
@@ -252,25 +160,29 @@ def fit(
     `checkpoints` are written when due, at each epoch's end, and on SIGTERM, which then raises a `TerminatedError`; the
     newest is resumed from, and training ends in the same bytes, since all that is random is a function of the seed and
     the epoch. Where memory runs out, batches are computed in smaller pieces; an `InputError` if one text is too much.
+
+    Processes that train together (see `peers`) each call this with their parts of the same batches; gradients are
+    summed, so that all take the same steps. The first of them writes the checkpoints, also one at the very end.
     """
     training = Training(model, schedule)
     if checkpoints is not None and (found := checkpoints.newest()) is not None:
         training.resume(*found)
     at, steps, patience = training.history, schedule.epochs * len(batches), schedule.patience or math.inf
+    most_steps = schedule.max_steps or math.inf
     announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda said: None
-    stop = False
+    stop, here = False, seat()
     with termination() as terminated, bar(label, steps, "steps") as advance:
         advance(at.steps, "")
 
         def save() -> None:
-            if checkpoints is not None:
+            if checkpoints is not None and here.rank == 0:
                 checkpoints.save(at.steps, *training.state())
             if terminated.is_set():
                 kept = "a checkpoint was written; --resume goes on from it" if checkpoints else "nothing was kept"
                 raise TerminatedError(f"SIGTERM: training was ended; {kept}.")
 
         def is_over() -> bool:
-            return time.monotonic() > schedule.deadline or at.steps >= (schedule.max_steps or math.inf)
+            return time.monotonic() > schedule.deadline or at.steps >= most_steps
 
         def one_epoch() -> None:  # its steps that are not done yet
             model.train()
@@ -284,6 +196,8 @@ def fit(
 
         try:
             while not stop and len(at.epochs) < schedule.epochs and len(at.epochs) - at.best <= patience:
+                if at.epochs and at.steps >= most_steps:
+                    break  # resumed at its end
                 started = time.perf_counter()
                 try:
                     one_epoch()
@@ -296,7 +210,7 @@ def fit(
                     held = validate(model)
                 training.end_epoch(*held, time.perf_counter() - started, schedule.lr_at(at.steps - 1, steps))
                 stop = on_epoch(len(at.epochs) - 1, at.epochs[-1]) or at.interrupted or is_over()
-                if not stop:
+                if not stop or here.size > 1:
                     save()
         except KeyboardInterrupt:
             if not at.epochs:
@@ -332,11 +246,13 @@ class Training:
 
     def step(self, parts: Sequence[Part], lr: float, announce: Callable[[str], None]) -> None:
         """One step of AdamW down the loss of a batch, in pieces that fit the memory."""
-        at = self.history
-        while (loss := self._gradients(parts)) is None:
+        at, whole = self.history, sum((weights.sum() for _, _, weights in parts), torch.zeros(()))
+        add_up(whole)
+        while (loss := self._gradients(parts, whole)) is None:
             at.halvings += 1
             torch.cuda.empty_cache()  # where there is none, it does nothing
             announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
+        self._join(loss)
         self.losses.append(loss)
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_norm, foreach=True)
         self.optimizer.step(lr)
@@ -351,13 +267,27 @@ class Training:
             copy_tensors(self.named, self.best)
         at.done, self.losses = 0, []
 
-    def _gradients(self, parts: Sequence[Part]) -> torch.Tensor | None:
-        """Set the gradients of a batch's loss and return it; None where memory runs out."""
+    def _join(self, loss: torch.Tensor) -> None:
+        """Sum the loss and the gradients over the processes that train together."""
+        if seat().size == 1:
+            return
+        given = torch.tensor([float(one.grad is not None) for one in self.parameters], device=loss.device)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        add_up(loss, given, *(one.grad for one in self.parameters if one.grad is not None))
+        for parameter, count in zip(self.parameters, given.tolist(), strict=True):
+            parameter.grad = parameter.grad if count else None
+
+    def _gradients(self, parts: Sequence[Part], whole: torch.Tensor) -> torch.Tensor | None:
+        """Set the gradients of a batch's loss and return it; None where memory runs out.
+
+        `whole` is what the whole batch counts, of which other processes may have parts, too.
+        """
         for parameter in self.parameters:
             parameter.grad = None
         pieces = [piece for part in parts for piece in _cut(part, 2**self.history.halvings)]
         try:
-            return self._backward(pieces)
+            return self._backward(pieces, whole)
         except (RuntimeError, MemoryError) as error:
             if not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
                 raise
@@ -366,17 +296,16 @@ class Training:
                 raise InputError(f"Memory runs out even with one text at a time. {hint}") from error
         return None
 
-    def _backward(self, parts: Sequence[Part]) -> torch.Tensor:
+    def _backward(self, parts: Sequence[Part], whole: torch.Tensor) -> torch.Tensor:
         """The same where memory is enough; parts are computed side by side, their gradients summed."""
-        if len(parts) == 1:
+        if len(parts) == 1 and seat().size == 1:
             loss = self._loss(parts[0])
             loss.backward()
             return loss.detach()
-        shares = torch.stack([weights.sum() for _, _, weights in parts])
-        shares = shares / shares.sum().clamp_min(1e-12)
+        shares = [float(weights.sum() / whole.clamp_min(1e-12)) for _, _, weights in parts]
 
         def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-            loss = self._loss(parts[number]) * float(shares[number])
+            loss = self._loss(parts[number]) * shares[number]
             return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
         total = torch.zeros((), device=self.parameters[0].device)

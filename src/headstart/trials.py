@@ -19,17 +19,8 @@ from headstart.errors import InputError
 from headstart.features import Features
 from headstart.model import HeadSpec, NativeHead, PooledModel, head_inputs, native_feature, native_model
 from headstart.progress import bar
-from headstart.train import (
-    Epoch,
-    FeatureBatches,
-    History,
-    Keep,
-    Schedule,
-    Targets,
-    class_weights,
-    fit,
-    loss_and_accuracy,
-)
+from headstart.targets import Targets, class_weights, loss_and_accuracy
+from headstart.train import Epoch, FeatureBatches, History, Keep, Schedule, fit
 
 HEAD_EPOCHS = 60
 FIRST_GUESS = {"width": 128, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01}

@@ -3,6 +3,7 @@
 import hmac
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.config import ServeConfig
+from headstart.errors import InputError
 from headstart.serve.schema import failure
 
 LOG = logging.getLogger("headstart.serve")
@@ -27,6 +29,14 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+
+
+def key_of(config: ServeConfig) -> str | None:
+    """The key that clients must send, None without one; an `InputError` if the environment lacks it."""
+    key = os.environ.get(config.api_key_env) if config.api_key_env is not None else None
+    if config.api_key_env is not None and not key:
+        raise InputError(f"--api-key-env: the environment has no {config.api_key_env}, or an empty one.")
+    return key
 
 
 @dataclass

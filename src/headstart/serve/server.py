@@ -5,7 +5,6 @@ import functools
 import ipaddress
 import logging
 import math
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from headstart.config import Device, Precision, ServeConfig
 from headstart.errors import InputError, StoppedEarlyError
 from headstart.predict import load
 from headstart.serve.app import Service, make_app
-from headstart.serve.guard import LOG
+from headstart.serve.guard import LOG, key_of
 
 GRACE = 30  # seconds in which what was accepted is answered after SIGTERM
 MOST_HEADER_BYTES = 65_536
@@ -34,29 +33,37 @@ def serve(run: str, config: ServeConfig, device: Device, precision: Precision, a
 
     A `RunError` if it cannot be loaded, an `InputError` if the address or the key cannot be used.
     """
-    key = None
-    if config.api_key_env is not None and not (key := os.environ.get(config.api_key_env)):
-        raise InputError(f"--api-key-env: the environment has no {config.api_key_env}, or an empty one.")
+    key = key_of(config)
     bound = bind(config.host, config.port)
     options: dict[str, Any] = {"min_confidence": config.min_confidence, "texts": math.inf}  # as many as come
     predictor = load(run, device=device, precision=precision, **options)
     predictor.predict(["to warm up"])
     bound.listen(2048)  # now that there will be an answer
     host, port = bound.getsockname()[:2]
-    if key is None and not ipaddress.ip_address(host).is_loopback:
-        announce(f"Warning   {host} can be reached by others, and no key is asked for: see --api-key-env.")
+    warn_of_strangers(host, key, announce)
     LOG.setLevel(logging.INFO)
     LOG.addHandler(logging.StreamHandler())
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else whoever sends nonsense fills the log
     protocol: Any = functools.partial(PatientProtocol, config)
     plain: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "server_header": False}
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(host, port)
     app = make_app(Service(Path(run), predictor.classifier, config, key), lambda: announce(f"Serving   {url}"))
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=GRACE, **plain))
     try:
         server.run(sockets=[bound])
     except KeyboardInterrupt:
         raise StoppedEarlyError("Ctrl-C: the server has stopped; what it had accepted was answered.") from None
+
+
+def warn_of_strangers(host: str, key: str | None, announce: Callable[[str], None]) -> None:
+    """Say so where others than this machine's own users can ask without a key."""
+    if key is None and not ipaddress.ip_address(host).is_loopback:
+        announce(f"Warning   {host} can be reached by others, and no key is asked for: see --api-key-env.")
+
+
+def url_of(host: str, port: int) -> str:
+    """The address to ask at."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,92 @@
+"""Folders and tables, here or where fsspec finds them, as on object stores. It knows nothing of what they hold.
+
+Files are written whole or not at all.
+"""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from headstart.errors import DataError, disk_errors
+from headstart.folders import whole_file
+from headstart.tables import ENDING, file_format, is_remote, resolve_path
+
+
+class Place:
+    """A folder, here or where fsspec finds it, whose files are written whole or not at all."""
+
+    def __init__(self, url: str) -> None:
+        self.fs, self.path = fsspec.url_to_fs(url)
+        self.url = url
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file there; object stores have it whole or not at all by themselves."""
+        if is_remote(self.url):
+            self.fs.pipe_file(f"{self.path}/{name}", content)
+        else:
+            with disk_errors(self.url), whole_file(Path(self.path) / name) as temporary:
+                temporary.write_bytes(content)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        return bytes(self.fs.cat_file(f"{self.path}/{name}"))
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names in it, or in a folder in it, sorted, without hidden ones; none where that is not there."""
+        self.fs.invalidate_cache()  # others write there, too
+        try:
+            found = self.fs.ls(f"{self.path}/{folder}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        names = (one.rstrip("/").rpartition("/")[2] for one in found)
+        return sorted(name for name in names if name and not name.startswith("."))
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder, if it is there."""
+        if self.fs.exists(f"{self.path}/{name}"):
+            self.fs.rm(f"{self.path}/{name}", recursive=True)
+
+    def tidy(self) -> None:
+        """Delete what killed writers have left."""
+        if not is_remote(self.url):
+            for torn in Path(self.path).rglob(".*.tmp"):
+                torn.unlink(missing_ok=True)
+
+
+def absolute(source: str) -> str:
+    """A path as others need it, who work in other folders."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def find_tables(source: str) -> dict[str, int]:
+    """The tables of a path, a folder or a pattern, in order, and the bytes of each; a `DataError` if there is none."""
+    fs, path = fsspec.url_to_fs(absolute(resolve_path(source)))
+    if fs.isfile(path):
+        file_format(path)
+        found = {path: fs.info(path)}
+    else:
+        found = fs.glob(f"{path.rstrip('/')}/*" if fs.isdir(path) else path, detail=True)
+    tables = {
+        fs.unstrip_protocol(name) if is_remote(source) else name: int(info["size"])
+        for name, info in sorted(found.items())
+        if info["type"] == "file" and ENDING.search(name) and name.rpartition("/")[2][0] not in "._"
+    }
+    if not tables:
+        raise DataError(f"{source}: there is no table of that name or pattern. Check the path.")
+    return tables
+
+
+@functools.lru_cache(maxsize=2)
+def _copy_of(source: str) -> Any:
+    fs, path = fsspec.url_to_fs(source)
+    file = tempfile.NamedTemporaryFile(suffix=f"-{Path(path).name}")  # noqa: SIM115  # deleted when it is forgotten
+    fs.get_file(path, file.name)
+    return file
+
+
+def near(source: str) -> str:
+    """A path on this machine to what is at `source`, of which the last two are kept."""
+    return str(_copy_of(source).name) if is_remote(source) else source

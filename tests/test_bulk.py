@@ -1,0 +1,278 @@
+"""Many tables into a folder: every row once, whatever is wrong with it and whoever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headstart import bulk, predict
+from headstart.bulk import PART_ROWS, Job, Part, Slice, Table, parts_of, score_each, score_tables
+from headstart.cli import main
+from headstart.errors import DataError, InputError, RunError
+from headstart.predict import Predictor
+from tests.conftest import SMALL_ROWS
+
+TEXTS = [text for text, _ in SMALL_ROWS]
+
+
+def quiet(_: str) -> None:
+    """Nobody is told."""
+
+
+def label(run: Path, source: object, out: Path, **given: Any) -> dict[str, Any]:
+    return score_tables(Job(str(run), str(out), precision="fp32", device="cpu", **given), str(source), quiet)
+
+
+def answers(out: Path) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(path) for path in sorted(out.glob("part-*.parquet"))], how="diagonal_relaxed")
+
+
+def set_aside(out: Path) -> list[dict[str, Any]]:
+    files = sorted((out / "_bad").glob("*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A folder of three tables: 200 rows with ids, two files of parquet and one of JSON lines."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = pl.DataFrame({"id": range(200), "sentence": [TEXTS[i % 80] for i in range(200)]})
+    rows[:90].write_parquet(folder / "a.parquet")
+    rows[90:130].write_parquet(folder / "b.parquet")
+    rows[130:].write_ndjson(folder / "c.jsonl")
+    return folder
+
+
+def test_rows_come_out_once_in_order_with_their_columns_and_the_labels_of_one_table(
+    tiny_run: Path, many: Path, tmp_path: Path
+) -> None:
+    summary = label(tiny_run, many, tmp_path / "out")
+    found = answers(tmp_path / "out")
+    assert found["id"].to_list() == list(range(200))
+    assert found.columns == ["id", "sentence", "prediction", "confidence", "p_0", "p_1"]
+    one = predict.load(tiny_run, device="cpu", precision="fp32")
+    np.testing.assert_allclose(found["p_1"].to_numpy(), one.predict_proba(found["sentence"].to_list())[:, 1], atol=1e-6)
+    assert found["prediction"].to_list() == one.predict(found["sentence"].to_list())
+    assert (summary["rows"], summary["scored"], summary["set_aside"], summary["parts"]) == (200, 200, 0, 1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "_plan.json",
+        "_summary.json",
+        "part-00000.parquet",
+    ]
+
+
+def test_what_the_command_says(tiny_run: Path, many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    main_ends(0, "predict", str(tiny_run), "--input", str(many / "*.parquet"), "--output", out)
+    said = capsys.readouterr()
+    assert said.out.startswith(f"130 of 130 rows labelled in {out} (1 file).\nRate ")
+    assert "0 rows (0.0%) were begun more than once" in said.out
+    main_ends(0, "predict", str(tiny_run), "--input", str(many / "*.parquet"), "--output", out)
+    assert "is finished" in capsys.readouterr().err
+    main_ends(2, "predict", str(tiny_run), "--input", str(many / "*.parquet"))
+    assert "--output DIR" in capsys.readouterr().err
+    main_ends(2, "predict", str(tiny_run), "--input", str(many / "*.tsv"), "--output", out)
+    assert "no table of that name or pattern" in capsys.readouterr().err
+    main_ends(2, "predict", str(tiny_run), "--input", str(many / "a.parquet"), "--output", str(tmp_path / "o.xlsx"))
+    assert "headstart reads" in capsys.readouterr().err
+
+
+def main_ends(code: int, *arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert (ended.value.code or 0) == code
+
+
+def test_rows_without_a_text_are_set_aside_with_where_they_are(tiny_run: Path, tmp_path: Path) -> None:
+    texts = ["the film was superb", None, " ", "the soup was awful"]
+    pl.DataFrame({"id": range(4), "sentence": texts}).write_parquet(tmp_path / "a.parquet")
+    pl.DataFrame({"id": range(4, 8), "sentence": texts}).write_csv(tmp_path / "b.csv")
+    summary = label(tiny_run, tmp_path / "[ab].*", tmp_path / "out")
+    assert (summary["rows"], summary["scored"], summary["set_aside"]) == (8, 4, 4)
+    assert sorted(map(int, answers(tmp_path / "out")["id"])) == [0, 3, 4, 7]
+    found = set_aside(tmp_path / "out")
+    assert [(Path(one["source"]).name, one["row"]) for one in found] == [
+        ("a.parquet", 2),
+        ("a.parquet", 3),
+        ("b.csv", 3),
+        ("b.csv", 4),
+    ]
+    assert {one["reason"] for one in found} == {"its text is empty"}
+    assert found[0]["record"] == {"id": 1, "sentence": None}
+
+
+def test_damaged_rows_are_set_aside_and_the_others_scored(tiny_run: Path, tmp_path: Path) -> None:
+    lines = [b"id;sentence", b"0;the film was superb", b"1;the soup;was awful", b"2;caf\xe9", b"", b"4;"]
+    (tmp_path / "a.csv").write_bytes(b"\n".join([*lines, b"5;the room was lovely", b'6;"open']))
+    records = [b'{"id": 10, "sentence": "the app was rude"}', b'{"id": 11, "sent', b"[12]"]
+    records += [b'{"id": 13, "sentence": ""}', b'{"id": 14, "sentence": "great"}']
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(records))
+    label(tiny_run, tmp_path / "[ab].*", tmp_path / "out")
+    assert sorted(map(int, answers(tmp_path / "out")["id"])) == [0, 5, 10, 14]
+    found = {(Path(one["source"]).name, one["row"]): one["reason"] for one in set_aside(tmp_path / "out")}
+    assert found == {
+        ("a.csv", 3): "it has 3 fields where the header has 2",
+        ("a.csv", 4): "it is not UTF-8",
+        ("a.csv", 6): "its text is empty",
+        ("a.csv", 8): "it has a quote without a partner",
+        ("b.jsonl", 2): found["b.jsonl", 2],
+        ("b.jsonl", 3): "it is no record",
+        ("b.jsonl", 4): "its text is empty",
+    }
+    assert found["b.jsonl", 2].startswith("it is not JSON (")
+
+
+def test_a_table_that_cannot_be_read_stops_nothing_unless_it_is_the_only_one(
+    tiny_run: Path, many: Path, tmp_path: Path
+) -> None:
+    whole = (many / "a.parquet").read_bytes()
+    (many / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    summary = label(tiny_run, many, tmp_path / "out")
+    assert (summary["scored"], summary["unreadable"]) == (160, 1)
+    assert [(Path(one["source"]).name, one["row"]) for one in set_aside(tmp_path / "out")] == [("b.parquet", None)]
+    with pytest.raises(DataError, match=r"b\.parquet: is not a whole \.parquet table"):
+        label(tiny_run, many / "b.parquet", tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*.*"))
+
+
+def test_a_table_without_a_text_column_stops_all_before_it_begins(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    pl.DataFrame({"id": [1], "words": ["so"]}).write_csv(many / "d.csv")
+    with pytest.raises(InputError, match=r"d\.csv: has no text column"):
+        label(tiny_run, many, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_what_is_done_stays_and_the_rest_is_done(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: Path
+) -> None:
+    monkeypatch.setattr(bulk, "PART_ROWS", 32)
+    out = tmp_path / "out"
+    label(tiny_run, many, out)
+    before = answers(out)
+    (out / "part-00003.parquet").unlink()
+    (out / "_summary.json").unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    told: list[str] = []
+    job = Job(str(tiny_run), str(out), precision="fp32", device="cpu")
+    summary = score_tables(job, str(many), told.append)
+    assert told == ["Resumed   6 of 7 parts were there."]
+    assert summary["now"]["rows"] == 32
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("part-*") if path.name in kept} == kept
+    assert answers(out).equals(before)
+
+
+def test_a_folder_with_something_else_is_refused(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    label(tiny_run, many / "a.parquet", tmp_path / "out")
+    with pytest.raises(RunError, match="another classifier, other tables or settings"):
+        label(tiny_run, many, tmp_path / "out")
+    with pytest.raises(RunError, match="something else"):
+        label(tiny_run, many, many)
+
+
+class Odd(Predictor):
+    """A predictor that some texts break."""
+
+    def score_alone(self, texts: Sequence[str]) -> predict.Scores:
+        if any("odd" in text for text in texts):
+            raise ValueError("odd")
+        return super().score_alone(texts)
+
+
+def test_a_text_that_breaks_the_engine_is_alone_with_it(tiny_run: Path) -> None:
+    odd = Odd(predict.load(tiny_run, device="cpu", precision="fp32").classifier)
+    texts = ["the film was superb", "odd one", "the soup was awful", "odd two", "great"]
+    scores, failed = score_each(odd, texts)
+    assert failed == {1: "cannot be scored (odd)", 3: "cannot be scored (odd)"}
+    fair = odd.predict_proba([texts[0], texts[2], texts[4]])
+    np.testing.assert_allclose(scores.probabilities, fair, atol=1e-6)
+    with pytest.raises(ValueError, match="odd"):  # then it is not the texts
+        score_each(odd, ["odd 1", "odd 2"])
+
+
+def test_a_part_that_nobody_survives_is_set_aside(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    job = Job(str(tiny_run), str(tmp_path / "out"), precision="fp32", device="cpu")
+    table = bulk.measure(job, (str(many / "a.parquet"), 1))
+    part = Part("part-00000", [Slice(table, 0, table.rows)])
+    scorer = bulk.Scorer(job)
+    for i in range(bulk.MOST_ATTEMPTS):
+        assert scorer(part)["rows"] == 90
+        assert answers(tmp_path / "out").height == 90, i
+    scorer(part)
+    assert answers(tmp_path / "out").height == 0
+    assert [one["reason"] for one in set_aside(tmp_path / "out")] == ["its part never ended"] * 90
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 3 * PART_ROWS), st.sampled_from(["x", "y"])), max_size=12))
+def test_parts_hold_each_row_once_in_order_and_no_mixed_columns(rows: list[tuple[int, str]]) -> None:
+    tables = [Table(str(i), 0, "", count, "text", shape) for i, (count, shape) in enumerate(rows)]
+    parts = parts_of(tables)
+    assert all(0 < part.rows <= PART_ROWS for part in parts)
+    assert all(len({one.table.shape for one in part.slices}) == 1 for part in parts)
+    found = [(int(one.table.source), one.start, one.rows) for part in parts for one in part.slices]
+    for i, (count, _) in enumerate(rows):
+        begin = 0
+        for start, some in [(start, some) for table, start, some in found if table == i]:
+            assert start == begin
+            begin += some
+        assert begin == count
+    assert [one[0] for one in found] == sorted(one[0] for one in found)
+    names = [part.name for part in parts]
+    assert names == sorted(set(names))
+
+
+def test_tables_and_answers_may_be_elsewhere(tiny_run: Path, many: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in many.iterdir():
+        memory.pipe_file(f"/in/{path.name}", path.read_bytes())
+    (damaged,) = ["/in/d.csv"]
+    memory.pipe_file(damaged, b"id,sentence\n300,great\n301,so,so\n")
+    summary = score_tables(Job(str(tiny_run), "memory://out", precision="fp32", device="cpu"), "memory://in/*", quiet)
+    assert (summary["rows"], summary["scored"], summary["set_aside"]) == (202, 201, 1)
+    parts = [memory.cat_file(path) for path in memory.glob("/out/part-*")]
+    ids = [int(i) for content in parts for i in pl.read_parquet(content)["id"]]
+    assert ids == [*range(200), 300]
+    assert not memory.exists("/out/_begun")
+    assert not memory.exists("/out/_mended")
+
+
+def killed_now_and_then(command: list[str], out: Path, times: int) -> Iterator[int]:
+    """Run a command, killed so many times, each a little after it has ended another part; then to its end."""
+    for _ in range(times):
+        there = len(list(out.glob("part-*")))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while len(list(out.glob("part-*"))) == there and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        yield process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_process_killed_three_times_scores_every_row_once(tiny_run: Path, tmp_path: Path) -> None:
+    rows = pl.DataFrame({"id": range(40_000), "sentence": [f"{TEXTS[i % 80]} {i}" for i in range(40_000)]})
+    rows.write_parquet(tmp_path / "a.parquet")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "headstart.cli", "predict", str(tiny_run), "--device", "cpu"]
+    command += ["--input", str(tmp_path / "*.parquet"), "--output", str(out)]
+    assert all(killed_now_and_then(command, out, 3))
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert "of 10 parts were there" in ended.stderr
+    assert "40,000 of 40,000 rows labelled" in ended.stdout
+    assert answers(out)["id"].to_list() == list(range(40_000))
+    again = json.loads((out / "_summary.json").read_text())["rows_begun_again"]
+    assert 0 < again < 40_000
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]

@@ -1,0 +1,307 @@
+"""Real nodes of a real Ray cluster on this machine: the same bytes as one process gives, whoever is killed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import psutil
+import pytest
+
+from tests.conftest import BAD, GOOD, NOUNS, write_csv
+from tests.nodes import Nodes, running
+
+pytestmark = pytest.mark.xdist_group("ray")
+TEXTS = [f"the {noun} was {word}" for noun in NOUNS for word in (*GOOD, *BAD)]
+HEADSTART = [sys.executable, "-m", "headstart.cli"]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with running(3) as found:
+        yield found
+
+
+def started(nodes: Nodes, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    command = [*HEADSTART, *arguments, "--ray", nodes.address]
+    environment = {**nodes.environment, **more}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What a process said on stdout and stderr, once it has ended as it should."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out, err
+
+
+def run(*arguments: str, **more: str) -> None:
+    subprocess.run([*HEADSTART, *arguments], env={**os.environ, **more}, check=True, capture_output=True)
+
+
+def wait_until(true: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := true():
+            return found
+        time.sleep(0.002)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+def write_tables(folder: Path, rows: int, tables: int) -> Path:
+    """Tables with so many rows in all, whose ids count them; the last is CSV."""
+    folder.mkdir()
+    each = rows // tables
+    for i in range(tables):
+        ids = range(i * each, (i + 1) * each)
+        part = pl.DataFrame({"id": ids, "sentence": [f"{TEXTS[k % len(TEXTS)]} {k}" for k in ids]})
+        if i < tables - 1:
+            part.write_parquet(folder / f"t{i:04}.parquet")
+        else:
+            part.write_csv(folder / f"t{i:04}.csv")
+    return folder
+
+
+def parts_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("part-*")}
+
+
+def test_scoring_gives_the_bytes_of_one_process(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+    source = write_tables(tmp_path / "in", 20_000, 4)
+    arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output"]
+    run(*arguments, str(tmp_path / "here"))
+    out, err = ended(started(nodes, *arguments, str(tmp_path / "there")))
+    assert "20,000 of 20,000 rows labelled" in out
+    assert "Traceback" not in err
+    assert len(parts_of(tmp_path / "here")) == 6
+    assert parts_of(tmp_path / "there") == parts_of(tmp_path / "here")
+
+
+def node_of(nodes: Nodes, out: Path) -> int:
+    """The node of a worker that has begun a part."""
+    for path in out.glob("_begun/*/*"):
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError, ValueError):
+            parent = psutil.Process(int(path.read_text().split()[1])).ppid()
+            if parent in nodes.raylets:
+                return parent
+    return 0
+
+
+def moment(nodes: Nodes, out: Path, phase: str) -> int:
+    """Wait for a phase of a job; the node to kill then."""
+    if phase == "listing":
+        wait_until(lambda: (out / "_mended").exists() or (out / "_plan.json").exists(), phase)
+        return random.choice(nodes.raylets)
+    if phase == "writing":
+        wait_until(lambda: any(out.glob(".part-*.tmp")) or any(out.glob("part-*")), phase)
+        return node_of(nodes, out) or random.choice(nodes.raylets)
+    node: int = wait_until(lambda: node_of(nodes, out), phase)
+    if phase == "scoring":
+        time.sleep(random.random() / 2)
+    return node
+
+
+def lose_a_node(nodes: Nodes, run: Path, source: Path, out: Path, phase: str, rows: int) -> dict[str, Any]:
+    """Score by all nodes and kill one in a phase; then every row must be there once, whatever was scored again."""
+    process = started(nodes, "predict", str(run), "--device", "cpu", "--input", str(source), "--output", str(out))
+    killed = moment(nodes, out, phase)
+    os.kill(killed, signal.SIGKILL)
+    nodes.raylets.remove(killed)
+    said, _ = ended(process)
+    nodes.add()
+    ids = pl.concat([pl.read_parquet(path)["id"].cast(pl.Int64) for path in sorted(out.glob("part-*"))])
+    assert ids.to_list() == list(range(rows))
+    assert f"{rows:,} of {rows:,} rows labelled" in said
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    summary: dict[str, Any] = json.loads((out / "_summary.json").read_text())
+    return summary
+
+
+def test_a_node_killed_while_it_scores_loses_no_row(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+    source = write_tables(tmp_path / "in", 60_000, 6)
+    summary = lose_a_node(nodes, tiny_run, source, tmp_path / "out", "reading", 60_000)
+    assert summary["rows_begun_again"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+@pytest.mark.parametrize("phase", ["listing", "reading", "scoring", "writing"])
+def test_100_000_rows_with_a_node_killed_in_each_phase(
+    nodes: Nodes, tiny_run: Path, tmp_path: Path, phase: str
+) -> None:
+    source = write_tables(tmp_path / "in", 100_000, 200 if phase == "listing" else 10)
+    if phase == "listing":
+        (source / "t0000.csv").write_bytes(b"id,sentence\n0,a,b\n")  # its copy shows that listing has begun
+        summary = lose_a_node_with_a_bad_row(nodes, tiny_run, source, tmp_path / "out")
+    else:
+        summary = lose_a_node(nodes, tiny_run, source, tmp_path / "out", phase, 100_000)
+    again = f"{phase}: {summary['rows_begun_again'] / summary['rows']:.1%} of the rows were begun again"
+    warnings.warn(again, RuntimeWarning, stacklevel=1)  # so that a run of pytest says it
+
+
+def lose_a_node_with_a_bad_row(nodes: Nodes, run: Path, source: Path, out: Path) -> dict[str, Any]:
+    summary = lose_a_node(nodes, run, source, out, "listing", 100_000)
+    assert summary["set_aside"] == 1
+    return summary
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_a_driver_killed_five_times_scores_every_row_once(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+    source, out = write_tables(tmp_path / "in", 100_000, 10), tmp_path / "out"
+    arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output", str(out)]
+    for _ in range(5):
+        there = len(list(out.glob("part-*")))
+        process = started(nodes, *arguments)
+        wait_until(lambda: len(list(out.glob("part-*"))) > there or process.poll() is not None, "a part")  # noqa: B023
+        assert process.poll() is None
+        time.sleep(random.random() / 4)
+        process.kill()
+        process.communicate()
+    said, err = ended(started(nodes, *arguments))
+    assert "Resumed" in err
+    ids = pl.concat([pl.read_parquet(path)["id"].cast(pl.Int64) for path in sorted(out.glob("part-*"))])
+    assert ids.to_list() == list(range(100_000))
+    again = next(line for line in said.splitlines() if line.startswith("Again"))
+    warnings.warn(again, RuntimeWarning, stacklevel=1)
+
+
+def fine_tuning(table: Path, model: Path, out: Path) -> list[str]:
+    exact = ["--device", "cpu", "--precision", "fp32", "--seed", "7", "--checkpoint-minutes", "0.0001"]
+    return ["train", str(table), "--model", str(model), "--thaw", "all", "--epochs", "2", "--out", str(out), *exact]
+
+
+def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
+    nodes: Nodes, tiny_bert: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(1)
+    rows = [(f"{chance.choice(TEXTS)} {i}", chance.choice("ab")) for i in range(3000)]
+    table = write_csv(tmp_path / "noise.csv", rows)
+    run(*fine_tuning(table, tiny_bert, tmp_path / "one"), OMP_NUM_THREADS="2", HEADSTART_CACHE_DIR=str(tmp_path / "c1"))
+    out = tmp_path / "two"
+    cache = tmp_path / "c2"
+    process = started(
+        nodes,
+        *fine_tuning(table, tiny_bert, out),
+        "--workers",
+        "2",
+        HEADSTART_CACHE_DIR=str(cache),
+        OMP_NUM_THREADS="2",
+    )
+    wait_until(lambda: process.poll() is not None or len(list(out.glob("checkpoint-*/"))) > 1, "checkpoints")
+    last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*/"))
+    workers = [one for one in psutil.process_iter(["name"]) if one.info["name"].startswith("ray::RayTrain")]
+    ours = [one for one in workers if one.ppid() in nodes.raylets]
+    assert len(ours) == 2
+    chance.choice(ours).kill()
+    _, err = ended(process)
+    resumed = [line for line in err.splitlines() if line.startswith("Resumed from")]
+    assert len(resumed) == 1
+    assert int(resumed[0].split("checkpoint-")[1].split()[0]) >= last
+    for name in ("model.safetensors", "predictions.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    # What the encoder said of each text is the same, too: a segment's name ends in the sum of its bytes.
+    segments = [sorted(path.name[9:] for path in (tmp_path / one).rglob("*.safetensors")) for one in ("c1", "c2")]
+    assert segments[0] == segments[1]
+    assert segments[0]
+    assert not (out / "ray").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def ask(port: int, path: str, body: Any = None) -> tuple[int, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_replicas_answer_as_one_server_and_all_of_ray_listens_on_loopback(tiny_run: Path) -> None:
+    from headstart import predict
+
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [*HEADSTART, "serve", str(tiny_run), "--device", "cpu", "--ray", "--workers", "2", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--max-waiting", "4"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        wait_until(lambda: process.stderr.readline().startswith("Serving"), "replicas")  # type: ignore[union-attr]
+        status, answer = ask(port, "/predict", {"inputs": "the film was superb"})
+        wanted = predict.load(tiny_run, device="cpu", precision="fp32").predict_proba(["the film was superb"])[0]
+        likely = dict(zip("01", wanted, strict=True))
+        assert status == 200
+        assert {one["label"]: one["score"] for one in answer} == pytest.approx(likely, abs=0.02)
+        assert ask(port, "/predict", {"inputs": ["a", "b"]})[0] == 422
+        assert ask(port, "/predict", {"inputs": [["a"]] * 5})[:1] == (413,)
+        assert ask(port, "/health") == (200, {"status": "ok"})
+        family = psutil.Process(process.pid).children(recursive=True)
+        listening = [one.laddr.ip for child in family for one in child.net_connections() if one.status == "LISTEN"]
+        assert len(listening) > 8
+        assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_nothing_of_ray_is_imported_unless_asked_for(tiny_run: Path, tmp_path: Path) -> None:
+    source = write_tables(tmp_path / "in", 8, 2)
+    program = (
+        "import sys; from headstart.cli import main\ntry: main(sys.argv[1:])\nfinally: print('ray' in sys.modules)"
+    )
+    for arguments in (["--input", str(source), "--output", str(tmp_path / "out")], ["the film was superb"]):
+        command = [sys.executable, "-c", program, "predict", str(tiny_run), "--device", "cpu", *arguments]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "sample", "--workers", "2"], "goes with --thaw K"),
+        (["train", "sample", "--workers", "2", "--thaw", "all"], "--workers N goes with --ray"),
+        (["train", "sample", "--ray", "--dry-run"], "about this machine"),
+        (["predict", "RUN", "so", "--ray=local"], "--ray goes with --input"),
+        (["predict", "RUN", "--input", "sample", "--ray"], "--output DIR"),
+        (["predict", "RUN", "--input", "sample", "--output", "o", "--ray", "--workers", "0"], "more than 0"),
+    ],
+)
+def test_what_does_not_go_together(
+    arguments: list[str], said: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headstart.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tiny_run) if one == "RUN" else one for one in arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_address_where_nothing_answers(tiny_run: Path, tmp_path: Path) -> None:
+    command = [*HEADSTART, "predict", str(tiny_run), "--input", "sample", "--output", str(tmp_path / "out")]
+    command += ["--ray", f"127.0.0.1:{free_port()}"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2
+    assert "no cluster answers there" in process.stderr
