@@ -1,5 +1,6 @@
 """Many tables into a folder: every row once, whatever is wrong with it and whoever is killed."""
 
+import gzip
 import json
 import os
 import signal
@@ -177,8 +178,52 @@ def test_a_folder_with_something_else_is_refused(tiny_run: Path, many: Path, tmp
     label(tiny_run, many / "a.parquet", tmp_path / "out")
     with pytest.raises(RunError, match="another classifier, other tables or settings"):
         label(tiny_run, many, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(RunError, match="something else"):
-        label(tiny_run, many, many)
+        label(tiny_run, many, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "kind", ["cut gzip", "no gzip", "utf-16", "latin header", "empty", "old mac", "lone CR", "NaN"]
+)
+def test_whatever_is_wrong_with_one_table_the_others_are_scored(
+    tiny_run: Path, many: Path, tmp_path: Path, kind: str
+) -> None:
+    rows = b"id,sentence\n300,great\n301,awful\n"
+    content = {
+        "cut gzip": gzip.compress(rows * 500)[:-20],
+        "no gzip": rows,
+        "utf-16": rows.decode().encode("utf-16"),
+        "latin header": b"id,sentence,caf\xe9\n300,great,1\n",
+        "empty": b"",
+        "old mac": rows.replace(b"\n", b"\r"),
+        "lone CR": b"id,sentence\n300,gr\reat\n301,so,so\n",
+        "NaN": b'{"id": 300, "sentence": NaN}\n{"id": 301, "sentence": "great"}\n',
+    }[kind]
+    ending = "csv.gz" if "gzip" in kind else "jsonl" if kind == "NaN" else "csv"
+    (many / f"d.{ending}").write_bytes(content)
+    summary = label(tiny_run, many, tmp_path / "out")
+    assert {int(i) for i in answers(tmp_path / "out")["id"]} >= set(range(200))
+    assert summary["scored"] + summary["set_aside"] == summary["rows"]
+    assert not (tmp_path / "out" / "_mended").exists()
+    assert all("_mended" not in str(one["reason"]) for one in set_aside(tmp_path / "out"))
+
+
+def test_bytes_that_are_no_text_are_set_aside(tiny_run: Path, tmp_path: Path) -> None:
+    pl.DataFrame({"id": [0, 1], "sentence": [b"great", b"\xff\xfe"]}).write_parquet(tmp_path / "a.parquet")
+    summary = label(tiny_run, tmp_path / "a.parquet", tmp_path / "out")
+    assert (summary["scored"], summary["set_aside"]) == (1, 1)
+
+
+def test_a_table_that_is_gone_when_it_is_to_be_read_stops_the_job(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    job = Job(str(tiny_run), str(tmp_path / "out"), precision="fp32", device="cpu")
+    table = bulk.measure(job, (str(many / "a.parquet"), 1))
+    (many / "a.parquet").unlink()
+    with pytest.raises(InputError, match="cannot be read on"):  # as on a node without the disk, which is no bad row
+        bulk.Scorer(job)(Part("part-00000", [Slice(table, 0, table.rows)]))
+    assert not (tmp_path / "out" / "_bad").exists()
+    assert not list((tmp_path / "out" / "_begun").glob("*/*"))
 
 
 class Odd(Predictor):
@@ -209,6 +254,7 @@ def test_a_part_that_nobody_survives_is_set_aside(tiny_run: Path, many: Path, tm
     for i in range(bulk.MOST_ATTEMPTS):
         assert scorer(part)["rows"] == 90
         assert answers(tmp_path / "out").height == 90, i
+        (tmp_path / "out" / "part-00000.parquet").unlink()  # as if whoever scored it had died
     scorer(part)
     assert answers(tmp_path / "out").height == 0
     assert [one["reason"] for one in set_aside(tmp_path / "out")] == ["its part never ended"] * 90

@@ -36,7 +36,7 @@ from headstart import features, predict, recent
 from headstart.errors import ArgumentError, InputError, ModelError, RunError
 from headstart.estimator import Encoder, TextClassifier, TextInput
 from headstart.inputs import texts_in
-from tests.conftest import SMALL_ROWS, WORDS
+from tests.conftest import SMALL_ROWS, WORDS, kinds_of_rows
 
 HEAD: dict[str, Any] = {"device": "cpu", "precision": "fp32", "thaw": 0, "head_features": ("mean-1",), "head_width": 0}
 HEAD |= {"weight_decay": 0.01, "lr": 3e-2, "epochs": 30, "patience": None, "random_state": 0}
@@ -496,7 +496,8 @@ def test_a_run_of_the_command_line_loads(tiny_run: Path, tmp_path: Path) -> None
     assert clf.score(TEXTS, LABELS) > 0.9
     assert clone(clf).fit(TEXTS, LABELS).score(TEXTS, LABELS) > 0.9
     clf.save(tmp_path / "run")
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert predict.load(tmp_path / "run").predict(NEW[:1]) == ["1"]
+    assert not (tmp_path / "run" / "predictions.csv").exists(), "a pickle would take these texts along"
     with pytest.raises(RunError, match="no such run folder"):
         TextClassifier.load(tmp_path / "nowhere")
 
@@ -538,3 +539,44 @@ def test_a_pickle_is_a_run_folder_and_nothing_of_torch(
     *shares, scorer = done.stdout.split()
     np.testing.assert_allclose([float(one) for one in shares], clf.predict_proba(NEW[:2])[:, 1], atol=1e-4)
     assert scorer == "WholeScorer"
+
+
+def test_dropout_is_that_of_the_head(make: Callable[..., Any]) -> None:
+    found = [make(head_width=8, head_dropout=share).fit(TEXTS, LABELS).predict_proba(NEW) for share in (0.0, 0.9)]
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+
+
+def test_a_pooled_head_is_not_fine_tuned(make: Callable[..., Any]) -> None:
+    clf = make(head="pooled", thaw="auto").fit(TEXTS, LABELS)
+    assert clf.score(TEXTS, LABELS) > 0.9
+
+
+def test_what_it_saved_is_served(make: Callable[..., Any], tmp_path: Path) -> None:
+    import asyncio
+    import json
+
+    from headstart.config import ServeConfig
+    from headstart.serve.app import Service
+
+    make().fit(TEXTS, LABELS).save(tmp_path / "run")
+    service = Service(tmp_path / "run", predict.load(tmp_path / "run").classifier, ServeConfig())
+    assert json.loads(bytes(asyncio.run(service.info()).body))["test"] is None
+
+
+def test_the_labels_of_a_run_with_several_keep_their_names(train: Callable[..., Any]) -> None:
+    run = train(kinds_of_rows()["multi"]).folder
+    assert TextClassifier.load(run).classes_.tolist() == list(predict.load(run).names)
+
+
+def test_inputs_that_are_none_are_refused(make: Callable[..., Any], tiny_bert: Path) -> None:
+    for given, y, said in (
+        ({"class_weight": "balancd"}, LABELS, "class-weight"),
+        ({"validation_fraction": None}, LABELS, "validation_fraction"),
+        ({}, np.where(np.eye(2)[LABELS] > 0, 1, -1), "0 and 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            make(**given).fit(TEXTS, y, sample_weight=np.ones(len(TEXTS)))
+    with pytest.raises(ArgumentError, match="dict"):
+        make().fit({"a": TEXTS}, LABELS)
+    with pytest.raises(InputError, match="max-length"):
+        Encoder(model=str(tiny_bert), max_length=-3).transform(TEXTS)

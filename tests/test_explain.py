@@ -243,3 +243,15 @@ def test_of_several_labels_the_likeliest_is_explained_alone(train: Callable[...,
     assert found.label == classifier.names[shares.argmax()]
     assert found.confidence == pytest.approx(shares.max())
     assert found.completeness_error < 0.1
+
+
+@pytest.mark.parametrize("kind", ["multi", "long"])
+def test_neighbours_of_other_kinds_have_their_own_labels(kind: str, train: Callable[..., Run]) -> None:
+    rows = kinds_of_rows()[kind]
+    done = train(rows, **({"long": "windows", "max_length": 32} if kind == "long" else {}))
+    splits, _ = read(config.settings(done.info["settings"]["data"]))
+    labels = dict(zip(splits.train.texts, splits.train.written, strict=True))
+    found = neighbours(done.folder, splits.train.texts[7])
+    assert found[0]["text"] == splits.train.texts[7]
+    assert found[0]["similarity"] == pytest.approx(1, abs=2e-3)
+    assert all(labels[one["text"]] == one["label"] for one in found)

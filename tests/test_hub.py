@@ -198,7 +198,7 @@ def test_what_is_needed_goes_byte_for_byte_and_nothing_else(
     assert capsys.readouterr().out.splitlines() == [
         f"Pushed    {online.url}/user/name",
         "Use       from transformers import pipeline",
-        '          classify = pipeline("text-classification", "user/name", trust_remote_code=True)',
+        '          classify = pipeline("text-classification", "user/name", truncation=True, trust_remote_code=True)',
         '          classify("your text")',
     ]
     # What is there is a run folder, which says what it said.

@@ -1,12 +1,16 @@
 """Folders here and elsewhere have the same face, and a file is there whole or not at all."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from headstart.errors import DataError, DiskError
+from headstart.errors import DataError, DiskError, InputError
 from headstart.places import Place, absolute, find_tables, near
+
+OUT = "/nowhere/out"
 
 
 @pytest.mark.parametrize("kind", ["here", "elsewhere"])
@@ -43,21 +47,49 @@ def test_tables_of_a_folder_a_pattern_and_a_path(tmp_path: Path) -> None:
     for name in ("b.csv", "a.parquet", "c.txt", "_d.csv", ".e.csv"):
         (tmp_path / name).write_text(name)
     (tmp_path / "f.csv").mkdir()
-    names = [Path(one).name for one in find_tables(str(tmp_path))]
+    names = [Path(one).name for one in find_tables(str(tmp_path), OUT)]
     assert names == ["a.parquet", "b.csv"]
-    assert find_tables(str(tmp_path / "*.csv")) == {str(tmp_path / "b.csv"): 5}
-    assert list(find_tables(str(tmp_path / "b.csv"))) == [str(tmp_path / "b.csv")]
+    assert find_tables(str(tmp_path / "*.csv"), OUT) == {str(tmp_path / "b.csv"): 5}
+    assert list(find_tables(str(tmp_path / "b.csv"), OUT)) == [str(tmp_path / "b.csv")]
     with pytest.raises(DataError, match="headstart reads"):
-        find_tables(str(tmp_path / "c.txt"))
+        find_tables(str(tmp_path / "c.txt"), OUT)
     with pytest.raises(DataError, match="no table"):
-        find_tables(str(tmp_path / "*.tsv"))
+        find_tables(str(tmp_path / "*.tsv"), OUT)
+
+
+def test_links_are_tables_and_answers_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "a [v2]"
+    (folder / "out").mkdir(parents=True)
+    (tmp_path / "b.csv").write_text("sentence")
+    (folder / "link.csv").symlink_to(tmp_path / "b.csv")
+    (folder / "out" / "part-00000.parquet").write_text("")
+    assert find_tables(str(folder), OUT) == {str(folder / "link.csv"): 8}
+    found = find_tables(str(tmp_path / "*" / "**" / "*.parquet"), OUT)
+    assert [Path(one).name for one in found] == ["part-00000.parquet"]
+    with pytest.raises(DataError, match="no table"):
+        find_tables(str(tmp_path / "*" / "**" / "*.parquet"), str(folder / "out"))
 
 
 def test_what_is_elsewhere_is_copied_here_to_be_read() -> None:
-    fsspec.filesystem("memory").pipe_file("/there/a.csv", b"sentence\nso\n")
-    path = near("memory://there/a.csv")
-    assert Path(path).read_bytes() == b"sentence\nso\n"
-    assert path.endswith("a.csv")
-    assert near("/here/b.csv") == "/here/b.csv"
+    memory = fsspec.filesystem("memory")
+    for name in "abcd":
+        memory.pipe_file(f"/there/{name}.csv", name.encode())
+
+    def read(name: str) -> bytes:
+        with near(f"memory://there/{name}.csv") as path:
+            time.sleep(0.01)
+            assert path.endswith(f"{name}.csv")
+            return Path(path).read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:  # more tables than copies are kept, and each is read by several at once
+        assert b"".join(pool.map(read, "abcd" * 8)) == b"abcd" * 8
+
+
+def test_what_is_out_of_reach_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read on"), near(str(tmp_path / "gone.csv")):
+        pass
+    with pytest.raises(InputError, match="cannot be reached"):
+        Place("foo://x")
+    assert absolute("file:///x/y") == "/x/y"
     assert absolute("memory://x") == "memory://x"
     assert Path(absolute("x")).is_absolute()

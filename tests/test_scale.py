@@ -20,6 +20,7 @@ import polars as pl
 import psutil
 import pytest
 
+from headstart.errors import InputError
 from tests.conftest import BAD, GOOD, NOUNS, write_csv
 from tests.nodes import Nodes, running
 
@@ -38,6 +39,26 @@ def started(nodes: Nodes, *arguments: str, **more: str) -> subprocess.Popen[str]
     command = [*HEADSTART, *arguments, "--ray", nodes.address]
     environment = {**nodes.environment, **more}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_error_of_ours_comes_back_as_it_was(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+    source = write_tables(tmp_path / "in", 8, 2)
+    (source / "t9.csv").write_text("id,words\n1,so\n")
+    arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output", str(tmp_path / "out")]
+    _, err = ended(started(nodes, *arguments), 2)
+    assert err.startswith(f"headstart: {source / 't9.csv'}: has no text column")
+    assert "ray::" not in err
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "each"), [(2, [1, 1, 1], 1), (2, [3, 3, 3], 3), (3, [4, 2], 2), (1, [8], 8)]
+)
+def test_workers_get_what_one_node_has(workers: int, cores: list[int], each: int) -> None:
+    from headstart.scale import threads_each
+
+    assert threads_each(workers, cores) == each
+    with pytest.raises(InputError, match="give fewer"):
+        threads_each(sum(cores) + 1, cores)
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
@@ -129,6 +150,7 @@ def lose_a_node(nodes: Nodes, run: Path, source: Path, out: Path, phase: str, ro
     return summary
 
 
+@pytest.mark.slow
 def test_a_node_killed_while_it_scores_loses_no_row(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
     source = write_tables(tmp_path / "in", 60_000, 6)
     summary = lose_a_node(nodes, tiny_run, source, tmp_path / "out", "reading", 60_000)
@@ -183,6 +205,7 @@ def fine_tuning(table: Path, model: Path, out: Path) -> list[str]:
     return ["train", str(table), "--model", str(model), "--thaw", "all", "--epochs", "2", "--out", str(out), *exact]
 
 
+@pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
     nodes: Nodes, tiny_bert: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from headstart import config, selfcheck
 from headstart.errors import HeadstartError
 from headstart.selfcheck import TEXTS, check_resume, finish, kill
-from tests.conftest import SMALL_ROWS, write_csv
+from tests.conftest import SMALL_ROWS, kinds_of_rows, write_csv
 
 
 @pytest.mark.parametrize("thaw", ["auto", pytest.param("2", marks=pytest.mark.slow)])
@@ -34,6 +34,14 @@ def test_it_proves_that_resuming_is_exact(
     assert re.fullmatch(r"Losses    equal, too; in training: \d\.\d{6}, \d\.\d{6}", losses)
     assert last == "Resuming is exact on this machine."
     assert sorted(small_table.parent.iterdir()) == before, "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_several_labels_are_checked_as_such(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(config.__file__).parents[1]))
+    table = write_csv(tmp_path / "multi.csv", kinds_of_rows()["multi"])
+    chosen = config.settings(str(table), model=str(tiny_bert), device="cpu")
+    assert check_resume(chosen, lambda _: None).endswith("Resuming is exact on this machine.")
 
 
 @pytest.mark.parametrize("differ", ["", "weights", "losses"])

@@ -6,6 +6,8 @@ cannot be scored are set aside with their reason. Tables and folders are here, o
 does not know who computes parts, nor where.
 """
 
+import contextlib
+import csv
 import functools
 import hashlib
 import io
@@ -14,6 +16,7 @@ import os
 import platform
 import time
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +27,12 @@ import numpy as np
 import polars as pl
 
 from headstart.config import Device, Precision
-from headstart.errors import DataError, HeadstartError, InputError, RunError, count_of
+from headstart.errors import DataError, HeadstartError, InputError, RunError, StoppedEarlyError, count_of
 from headstart.folders import file_sha256
 from headstart.places import Place, find_tables, near
 from headstart.predict import Predictor, Scores, load, read_parts
 from headstart.progress import bar
-from headstart.runs import read_json
+from headstart.runs import HUB_FILES, read_json
 from headstart.tables import count_rows, file_format, find_column, is_delimited, parsing, rows_one_by_one, scan
 
 PART_ROWS = 4096  # seconds of work, so that little is lost with whoever dies; a million rows make some 250 files
@@ -37,6 +40,7 @@ MOST_ATTEMPTS = 10  # a part that so many have begun and none has ended is set a
 PLAN, SUMMARY = "_plan.json", "_summary.json"
 ASIDE, BEGUN, MENDED = "_bad", "_begun", "_mended"  # rows set aside; who began what; copies of tables without bad rows
 NOTED = ("rows", "cut", "read", "score", "write")  # of each part; the last three are seconds of one worker
+UNREADABLE = (DataError, OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
 MENDABLE = (".csv", ".tsv", ".jsonl", ".ndjson")
 Json = dict[str, Any]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # as `map`, in any order
@@ -107,9 +111,9 @@ class Job:
 
     def key(self, tables: dict[str, int]) -> str:
         """A sha256 of all that decides the answers."""
-        files = [Path(self.run) / name for name in ("headstart.json", "model.safetensors", "onnx/export.json")]
-        sums = [file_sha256(path) for path in files if path.is_file()]
-        parts = [sums, {**asdict(self), "run": "", "output": "", "rows": 0}, tables]
+        files = [path for pattern in (*HUB_FILES, "onnx/export.json") for path in sorted(Path(self.run).glob(pattern))]
+        sums = [file_sha256(path) for path in files if path.name != "metrics.json"]
+        parts = [PART_ROWS, sums, {**asdict(self), "run": "", "output": "", "rows": 0}, tables]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -125,12 +129,25 @@ def measure(job: Job, found: tuple[str, int]) -> Table:
     table = Table(*found, read=found[0])
     try:
         return _measured(job, table)
-    except DataError as error:
+    except UNREADABLE as error:
         problem = str(error)
     name = hashlib.sha256(table.source.encode()).hexdigest()[:16]
-    if (ending := file_format(table.source)) in MENDABLE:
-        good, bad, gaps = list[bytes](), list[Json](), list[int]()
-        for row, (line, reason) in enumerate(rows_one_by_one(near(table.source)), start=1):
+    with contextlib.suppress(*UNREADABLE):  # then nothing of it can be saved, and `problem` has been told above
+        mended = _mended(job, table, name)
+        if mended is not None:
+            return mended
+    job.place.remove(f"{MENDED}/{name}.csv")
+    job.place.write(f"{ASIDE}/{name}.jsonl", records([{"source": table.source, "row": None, "reason": problem}]))
+    return table._replace(problem=problem)
+
+
+def _mended(job: Job, table: Table, name: str) -> Table | None:
+    """The same of a copy without the rows that are in the way, which are set aside; None where it cannot be made."""
+    if (ending := file_format(table.source)) not in MENDABLE:
+        return None
+    good, bad, gaps = list[bytes](), list[Json](), list[int]()
+    with near(table.source) as path:
+        for row, (line, reason) in enumerate(rows_one_by_one(path), start=1):
             if reason is None and line:
                 good.append(line)
                 continue
@@ -138,25 +155,19 @@ def measure(job: Job, found: tuple[str, int]) -> Table:
             if reason is not None:
                 record = line.decode("utf-8", "replace").rstrip("\n")
                 bad.append({"source": table.source, "row": row, "reason": reason, "record": record})
-        copy = f"{MENDED}/{name}{'.csv' if ending in ('.csv', '.tsv') else '.jsonl'}"
-        job.place.write(copy, b"".join(good))
-        try:
-            mended = _measured(job, table._replace(read=f"{job.output}/{copy}", bad=len(bad), gaps=gaps))
-        except DataError as error:
-            problem = str(error)
-        else:
-            job.place.write(f"{ASIDE}/{name}.jsonl", records(bad))
-            return mended
-    job.place.write(f"{ASIDE}/{name}.jsonl", records([{"source": table.source, "row": None, "reason": problem}]))
-    return table._replace(problem=problem)
+    copy = f"{MENDED}/{name}{'.csv' if ending in ('.csv', '.tsv') else '.jsonl'}"
+    job.place.write(copy, b"".join(good))
+    found = _measured(job, table._replace(read=f"{job.output}/{copy}", bad=len(bad), gaps=gaps))
+    job.place.write(f"{ASIDE}/{name}.jsonl", records(bad))
+    return found
 
 
 def _measured(job: Job, table: Table) -> Table:
-    path = near(table.read)
-    frame = scan(path)
-    schema = frame.collect_schema()
-    whole = file_format(path) != ".parquet"  # which knows its rows; of others all is read, to see whether it can be
-    rows = sum(part.height for part in read_parts(frame, path)) if whole else int(count_rows(path))
+    with near(table.read) as path:
+        frame = scan(path)
+        schema = frame.collect_schema()
+        whole = file_format(path) != ".parquet"  # which knows its rows; of others all is read, to see whether it can be
+        rows = sum(part.height for part in read_parts(frame, path)) if whole else int(count_rows(path))
     trained_on = _trained_on(job.run)
     try:
         wanted = trained_on if job.text is None and trained_on in schema else job.text
@@ -207,7 +218,18 @@ class Scorer:
     def __call__(self, part: Part) -> Json:
         """Score a part, and write what is set aside, then its file; what it came to, with wall seconds."""
         begun, attempts = time.perf_counter(), len(self.place.names(f"{BEGUN}/{part.name}"))
-        self.place.write(f"{BEGUN}/{part.name}/{uuid.uuid4().hex}", f"{platform.node()} {os.getpid()}".encode())
+        if f"{part.name}.parquet" in self.place.names():  # by another, who was thought to be lost
+            return {"name": part.name, **dict.fromkeys(NOTED, 0), "rows": part.rows}
+        marker = f"{BEGUN}/{part.name}/{uuid.uuid4().hex}"
+        self.place.write(marker, f"{platform.node()} {os.getpid()}".encode())
+        try:
+            return self.score(part, attempts, begun)
+        except BaseException:
+            self.place.remove(marker)  # it counts who died of it
+            raise
+
+    def score(self, part: Part, attempts: int, begun: float) -> Json:
+        """The same, of a part that so many have begun before."""
         frames, origins, aside = list[pl.DataFrame](), list[Json](), list[Json]()
         for piece in part.slices:
             frame, kept, others = texts_of(piece, "its part never ended" if attempts >= MOST_ATTEMPTS else "")
@@ -241,7 +263,7 @@ def texts_of(piece: Slice, refused: str = "") -> tuple[pl.DataFrame, list[Json],
         numbers += numbers >= row
     origins = [{"source": table.source, "row": row} for row in numbers.tolist()]
     try:
-        with parsing(path := near(table.read)):
+        with near(table.read) as path, parsing(path):
             frame = scan(path).slice(piece.start, piece.rows).collect(engine="streaming")
         if frame.height != piece.rows:
             raise DataError(f"{table.source}: has other rows than when the job began.")
@@ -249,6 +271,8 @@ def texts_of(piece: Slice, refused: str = "") -> tuple[pl.DataFrame, list[Json],
         refused = refused or str(error)
     if refused:
         return pl.DataFrame(), [], [{**one, "reason": refused} for one in origins]
+    if frame[table.text].dtype == pl.Binary:
+        frame = frame.with_columns(pl.Series(table.text, map(_decoded, frame[table.text]), dtype=pl.String))
     texts = frame[table.text].cast(pl.String)
     empty = (texts.is_null() | (texts.str.strip_chars() == "")).to_list()
     others = [
@@ -258,6 +282,12 @@ def texts_of(piece: Slice, refused: str = "") -> tuple[pl.DataFrame, list[Json],
     ]
     kept = [origin for origin, lacks in zip(origins, empty, strict=True) if not lacks]
     return frame.filter(~pl.Series(empty, dtype=pl.Boolean)), kept, others
+
+
+def _decoded(content: bytes | None) -> str | None:
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode() if content is not None else None
+    return None
 
 
 def score_each(predictor: Predictor, texts: Sequence[str]) -> tuple[Scores, dict[int, str]]:
@@ -279,7 +309,8 @@ def score_each(predictor: Predictor, texts: Sequence[str]) -> tuple[Scores, dict
             failed[some[0]] = f"cannot be scored ({error})"
             return []
 
-    found = score(range(len(texts)))
+    nothing = Scores(np.empty((0, len(predictor.names))), np.empty(0, dtype=bool))
+    found = [nothing, *score(range(len(texts)))]
     return Scores(*(np.concatenate(columns) for columns in zip(*found, strict=True))), failed
 
 
@@ -301,7 +332,7 @@ def score_tables(
     `each` looks at tables and `score` scores parts, here or elsewhere, in any order. An `InputError`, and nothing is
     scored, if there are no tables, one lacks a text column, or the folder holds something else.
     """
-    place, found = job.place, find_tables(source)
+    place, found = job.place, find_tables(source, job.output)
     names, key = place.names(), job.key(found)
     plan = json.loads(place.read(PLAN)) if PLAN in names else {}
     if set(names) - {ASIDE, MENDED} and plan.get("key") != key:  # those two a kill may leave before there is a plan
@@ -318,10 +349,13 @@ def score_tables(
     if len(left) < len(parts):
         announce(f"Resumed   {len(parts) - len(left):,} of {count_of(len(parts), 'part')} were there.")
     rows, counts, begun = sum(one.rows for one in tables), Counter[str](), time.monotonic()
-    with bar("scoring", sum(part.rows for part in left), "texts") as advance:
-        for one in score(replace(job, rows=rows), left) if left else ():
-            counts.update({name: one[name] for name in NOTED})
-            advance(one["rows"], "")
+    try:
+        with bar("scoring", sum(part.rows for part in left), "texts") as advance:
+            for one in score(replace(job, rows=rows), left) if left else ():
+                counts.update({name: one[name] for name in NOTED})
+                advance(one["rows"], "")
+    except KeyboardInterrupt:
+        raise StoppedEarlyError(f"Ctrl-C: {job.output} keeps what was scored; the same command goes on.") from None
     return summarise(job, tables, parts, {**counts, "seconds": time.monotonic() - begun})
 
 

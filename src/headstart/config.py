@@ -55,7 +55,7 @@ class TrainConfig:
     head: HeadKind = "auto"  # `pooled`: on layers' means; `native`: the architecture's own; `auto`: pooled if frozen.
     head_features: tuple[str, ...] | None = None  # What a pooled head reads: `pooler`, `cls`, `mean-K`; None: picked.
     head_width: int | None = None  # Width of a pooled head's hidden layer, 0 for none; None: picked on validation data.
-    head_dropout: float = 0.2  # Dropout in a pooled head's hidden layer.
+    head_dropout: float | None = None  # Dropout in a pooled head's hidden layer; None: picked on validation data.
     trials: int | None = None  # How many heads optuna tries; None: the built-in search of a few dozen.
     folds: int | None = None  # Cross-validate in so many folds, then train the final head on all but the test part.
     # Most epochs; None: 60 of a head, 3 to 6 of fine-tuning. With a thaw, this and the steps' settings are its.
@@ -135,6 +135,7 @@ RECIPES: dict[Recipe, dict[str, Any]] = {  # what each changes of the defaults a
         "head": "pooled",
         "head_features": ("pooler",),
         "head_width": 512,
+        "head_dropout": 0.2,
         "epochs": 10,
         "patience": None,
         "batch_size": 32,

@@ -129,6 +129,8 @@ def text_key(text: str) -> str:
 
 def label_sets(column: pl.Series, known: Sequence[str] = ()) -> list[tuple[str, ...] | None]:
     """Each text's labels as `label_texts` names them, of a column of lists or of `a|b`; None where blank."""
+    if isinstance(column.dtype, pl.Array):
+        column = column.arr.to_list()
     if not column.dtype.is_nested():
         stripped = column.cast(pl.String).str.strip_chars()
         column = stripped.set(stripped == "", None).str.split(SEVERAL)

@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from headstart import data, judge, metrics, prepare, report, run
 from headstart.checkpoints import check_out
-from headstart.config import TrainConfig, settings
+from headstart.config import TrainConfig, check, settings
 from headstart.data import Dataset, Splits
 from headstart.encoder import choose_placement
 from headstart.errors import ArgumentError, DataError
@@ -30,12 +30,11 @@ from headstart.inputs import classes_of, labels_in, names_of, sample_weights, te
 from headstart.model import head_inputs, rescale, save_model
 from headstart.predict import decide, probabilities_of
 from headstart.recent import FrozenScorer, Kept, Logits, kept_encoder, scorer_of
-from headstart.runs import read_about, read_json
+from headstart.runs import HUB_FILES, read_about, read_json
 from headstart.trials import TrainedHead
 
 IN_MEMORY = "(in memory)"  # where the texts come from, in headstart.json
 Json = dict[str, Any]
-Files = dict[str, bytes]
 SHARED = (  # parameters that are settings, by the same name and with the same default
     *("model", "thaw", "time_budget", "head", "head_features", "head_width", "head_dropout", "trials", "epochs"),
     *("max_steps", "patience", "batch_size", "lr", "weight_decay", "clip_norm", "max_length", "long", "calibration"),
@@ -53,7 +52,7 @@ def held_out(dataset: Dataset, share: float, seed: int) -> Splits:
     with contextlib.suppress(DataError):
         if share:
             parts = data.split(dataset, None, nothing, seed=seed, duplicates="together", held=share)
-            if all(part.counts.all() for part in parts[:2]):
+            if dataset.problem == "multi" or all(part.counts.all() for part in parts[:2]):
                 return parts
     return Splits(dataset, dataset, nothing)
 
@@ -116,7 +115,7 @@ class TextClassifier(ClassifierMixin, TextInput):
         head: str = TrainConfig.head,
         head_features: Sequence[str] | None = TrainConfig.head_features,
         head_width: int | None = TrainConfig.head_width,
-        head_dropout: float = TrainConfig.head_dropout,
+        head_dropout: float | None = TrainConfig.head_dropout,
         trials: int | None = TrainConfig.trials,
         epochs: int | None = TrainConfig.epochs,
         max_steps: int | None = TrainConfig.max_steps,
@@ -166,13 +165,15 @@ class TextClassifier(ClassifierMixin, TextInput):
         What cannot be used is an `ArgumentError`, which is a ValueError, or another `InputError`.
         """
         begun = time.perf_counter()
-        if not 0 <= self.validation_fraction < 1:
+        if not isinstance(self.validation_fraction, (int, float)) or not 0 <= self.validation_fraction < 1:
             raise ArgumentError(f"validation_fraction takes a share from 0 to below 1, not {self.validation_fraction}.")
         dataset, classes, class_weight = self._labelled(X, y, sample_weight)
         seed = TrainConfig.seed if self.random_state is None else self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(2**31)
         given = {name: getattr(self, name) for name in SHARED}
+        if self.head == "pooled" and self.thaw == TrainConfig.thaw:
+            given["thaw"] = None  # not given, so that the head decides it
         config = settings(IN_MEMORY, seed=int(seed), class_weight=class_weight, **given)
         config = dataclasses.replace(config, patience=self.patience)  # None: never
         splits = held_out(dataset, self.validation_fraction, config.seed)
@@ -235,7 +236,8 @@ class TextClassifier(ClassifierMixin, TextInput):
     def load(cls, folder: str | Path) -> Self:
         """The classifier in a run folder, also in one of `headstart train`'s; a `RunError` if there is none.
 
-        Of the latter `classes_` are ints where all its labels are whole numbers, and else strings.
+        Of the latter `classes_` are ints where all its labels are whole numbers, and else strings: those of the columns
+        of `predict_proba`, too, where a text may have several.
         """
         about, place = read_about(folder), Path(folder)
         info: Json = {name: about[name] for name in ("problem", "thresholds", "long", "max_length")} | about["info"]
@@ -246,12 +248,11 @@ class TextClassifier(ClassifierMixin, TextInput):
             given["thaw"] = int(given["thaw"])
         known: Json = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
         self = cls(**{name: known[name] for name in cls().get_params() if name in known})
-        several = info["problem"] == "multi"
-        names = about["names"]
-        self.classes_ = np.arange(len(names)) if several else classes_of(names, info.get("class_type"))
+        self.classes_ = classes_of(about["names"], info.get("class_type"))
         self.metrics_ = read_json(place, "metrics.json") if (place / "metrics.json").is_file() else {}
         self.features_ = self.metrics_.get("features", {})
-        self._files = {one.name: one.read_bytes() for one in place.iterdir() if one.is_file()}
+        parts = (*HUB_FILES, "modeling_headstart.py")  # and no texts, which a pickle would take along
+        self._files = {one.name: one.read_bytes() for part in parts for one in place.glob(part) if one.is_file()}
         self._info, self._learnt, self._scorer = info, None, None
         return self
 
@@ -261,6 +262,8 @@ class TextClassifier(ClassifierMixin, TextInput):
         check_consistent_length(texts, labels)
         weights, several = sample_weights(sample_weight, len(texts)), labels.ndim == 2
         class_weight = "none" if self.class_weight is None else self.class_weight
+        if not isinstance(class_weight, Mapping):
+            check("class_weight", class_weight)
         if isinstance(class_weight, Mapping):
             if several:
                 raise ArgumentError("class_weight takes a weight for each class only with one class a text.")
@@ -361,6 +364,7 @@ class Encoder(TransformerMixin, TextInput):
         """(n, d) features of n texts; a `ModelError` if the encoder has none of such a name."""
         texts, (kept, names) = self._texts(X, reset=False), self._source()
         encoder = kept.encoder
+        check("max_length", self.max_length)
         if (length := self.max_length or encoder.max_length) > encoder.max_length:
             raise ArgumentError(f"max_length {length}: {self.model} takes at most {encoder.max_length} tokens.")
         tokens = encoder.tokenizer.truncate(encoder.tokenizer(texts), length)

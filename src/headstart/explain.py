@@ -126,14 +126,15 @@ def neighbours(folder: Path, text: str, most: int = 5) -> list[dict[str, Any]]:
         raise InputError(f"{config.data}: has changed since {folder} was trained.")
     encoder, train, layout = ready.encoder, ready.splits.train, ready.features.layout
     last = [name for name in layout if name.startswith("mean-")][-1]
-    tokens = encoder.tokenizer.truncate(encoder.tokenizer([text]), ready.max_length)
-    ((_, vectors),) = encode(encoder, tokens, layout)
-    asked = torch.from_numpy(vectors[:, layout.index(last)]).float()
-    rows = torch.from_numpy(ready.featured[0].columns([last])[:, 0])
+    read = encoder.tokenizer.pieces(encoder.tokenizer([text]), ready.max_length, config.long)
+    vectors = np.concatenate([some[:, layout.index(last)] for _, some in encode(encoder, read.tokens, layout)])
+    asked = torch.from_numpy(vectors).float().mean(dim=0)  # of its pieces, as of the training texts'
+    rows = ready.targets[0].mean(torch.from_numpy(ready.featured[0].columns([last])[:, 0]))
+    labels = train.written
     cosines = torch.nn.functional.cosine_similarity(rows, asked, dim=1)
     found: dict[str, dict[str, Any]] = {}
     for i in cosines.argsort(descending=True, stable=True).tolist():
-        one = {"text": train.texts[i], "label": train.names[train.labels[i]], "similarity": float(cosines[i])}
+        one = {"text": train.texts[i], "label": labels[i], "similarity": float(cosines[i])}
         found.setdefault(train.texts[i], one)
         if len(found) == most:
             break

@@ -66,6 +66,8 @@ def pack(run: Path, repo: str, *, private: bool = False, with_texts: bool = Fals
     info, config = read_json(run, "headstart.json"), read_json(run, "config.json")
     if not any(run.glob(WEIGHTS)):
         raise RunError(f"{run}: has no weights ({WEIGHTS}).")
+    if not (run / "README.md").is_file():
+        raise InputError(f"{run}: has no model card (README.md). headstart train and headstart calibrate write one.")
     try:
         card = ModelCard.load(run / "README.md").data
     except Exception as error:  # of the disk, of YAML, of what it should say

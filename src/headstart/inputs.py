@@ -3,7 +3,7 @@
 This room knows what scikit-learn takes as a target, and numpy. It knows nothing of training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ def texts_in(given: Any) -> list[str]:
     """The texts of a list, an array, a Series, or a table of one column, of any library; else an `ArgumentError`."""
     if isinstance(given, (str, bytes)):
         raise ArgumentError(f"A lone text was given; give a list of texts: [{data.shown(str(given))}].")
+    if isinstance(given, Mapping):
+        raise ArgumentError("Texts are given as a list, a Series or one column, not as a dict.")
     columns = getattr(given, "column_names", None)  # of a `datasets.Dataset`, which numpy would take for records
     if columns is not None and not hasattr(given, "__array__"):
         given = given[columns[0]] if len(columns) == 1 else np.empty((len(given), len(columns)))
@@ -69,6 +71,8 @@ def labels_in(y: Any) -> Wanted:
     kind = type_of_target(y, input_name="y")
     check_classification_targets(y)
     if kind == "multilabel-indicator":
+        if not np.isin(y, (0, 1)).all():
+            raise ArgumentError("y is an indicator matrix with other numbers than 0 and 1.")
         return Wanted(y.astype(np.int64), np.arange(y.shape[1]))
     classes, labels = np.unique(column_or_1d(y, warn=True), return_inverse=True)
     return Wanted(labels.astype(np.int64), classes)

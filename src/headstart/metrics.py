@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from headstart.config import Problem
-from headstart.data import indicators
+from headstart.data import indicators, is_number
 from headstart.errors import printable
 from headstart.predict import decide
 
@@ -54,7 +54,8 @@ def evaluate(
         more = {"log_loss": float(metrics.log_loss(truth, probabilities, labels=classes))}
         matrix = metrics.confusion_matrix(truth, said, labels=classes)
     if problem == "ordered":
-        more["mean_absolute_error"] = float(np.abs(said - truth).mean())
+        grades = np.array(names, np.float64) if all(map(is_number, names)) else np.arange(len(names))
+        more["mean_absolute_error"] = float(np.abs(grades[said] - grades[truth]).mean())
         is_defined = len(np.unique([truth, said])) > 1
         kappa = metrics.cohen_kappa_score(truth, said, labels=classes, weights="quadratic") if is_defined else 0.0
         more["quadratic_kappa"] = float(kappa)

@@ -3,14 +3,18 @@
 Files are written whole or not at all.
 """
 
+import contextlib
 import functools
+import platform
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from headstart.errors import DataError, disk_errors
+from headstart.errors import DataError, InputError, disk_errors
 from headstart.folders import whole_file
 from headstart.tables import ENDING, file_format, is_remote, resolve_path
 
@@ -19,7 +23,7 @@ class Place:
     """A folder, here or where fsspec finds it, whose files are written whole or not at all."""
 
     def __init__(self, url: str) -> None:
-        self.fs, self.path = fsspec.url_to_fs(url)
+        self.fs, self.path = reach(url)
         self.url = url
 
     def write(self, name: str, content: bytes) -> None:
@@ -56,23 +60,40 @@ class Place:
                 torn.unlink(missing_ok=True)
 
 
+LOCK = threading.Lock()  # of `_copy_of`, so that two threads do not fetch one thing twice
+
+
+def reach(url: str) -> tuple[Any, str]:
+    """The file system and the path behind an address; an `InputError` if there is none of its kind."""
+    try:
+        fs, path = fsspec.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{url}: cannot be reached ({error}).") from error
+    return fs, str(path)
+
+
 def absolute(source: str) -> str:
     """A path as others need it, who work in other folders."""
-    return source if "://" in source else str(Path(source).absolute())
+    return source if is_remote(source) else str(Path(source.removeprefix("file://")).absolute())
 
 
-def find_tables(source: str) -> dict[str, int]:
-    """The tables of a path, a folder or a pattern, in order, and the bytes of each; a `DataError` if there is none."""
-    fs, path = fsspec.url_to_fs(absolute(resolve_path(source)))
+def find_tables(source: str, output: str) -> dict[str, int]:
+    """The tables of a path, a folder or a pattern, in order, but for those in `output`, and the bytes of each.
+
+    A `DataError` if there is none.
+    """
+    fs, path = reach(absolute(resolve_path(source)))
     if fs.isfile(path):
         file_format(path)
-        found = {path: fs.info(path)}
+        found = [path]
     else:
-        found = fs.glob(f"{path.rstrip('/')}/*" if fs.isdir(path) else path, detail=True)
+        found = fs.ls(path, detail=False) if fs.isdir(path) else fs.glob(path)
+    aside = reach(output)[1].rstrip("/") + "/"
+    named = (name for name in sorted(found) if ENDING.search(name) and name.rpartition("/")[2][0] not in "._")
     tables = {
-        fs.unstrip_protocol(name) if is_remote(source) else name: int(info["size"])
-        for name, info in sorted(found.items())
-        if info["type"] == "file" and ENDING.search(name) and name.rpartition("/")[2][0] not in "._"
+        fs.unstrip_protocol(name) if is_remote(source) else name: int(fs.size(name))
+        for name in named
+        if fs.isfile(name) and not name.startswith(aside)
     }
     if not tables:
         raise DataError(f"{source}: there is no table of that name or pattern. Check the path.")
@@ -81,12 +102,23 @@ def find_tables(source: str) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=2)
 def _copy_of(source: str) -> Any:
-    fs, path = fsspec.url_to_fs(source)
+    fs, path = reach(source)
     file = tempfile.NamedTemporaryFile(suffix=f"-{Path(path).name}")  # noqa: SIM115  # deleted when it is forgotten
     fs.get_file(path, file.name)
     return file
 
 
-def near(source: str) -> str:
-    """A path on this machine to what is at `source`, of which the last two are kept."""
-    return str(_copy_of(source).name) if is_remote(source) else source
+@contextlib.contextmanager
+def near(source: str) -> Iterator[str]:
+    """A path on this machine to what is at `source`, good within the block; an `InputError` if it is out of reach.
+
+    Of elsewhere it is a copy, of which the last two are kept.
+    """
+    try:
+        with LOCK:
+            file = _copy_of(source) if is_remote(source) else None
+        path = source if file is None else str(file.name)
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read on {platform.node()} ({error.strerror or error}).") from error
+    yield path

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart import predict
-from headstart.bulk import Job, Part, Scorer, Slice, Table
+from headstart.bulk import MOST_ATTEMPTS, Job, Part, Scorer, Slice, Table
 from headstart.checkpoints import Checkpoints
 from headstart.config import Device, Precision, ServeConfig
 from headstart.encoder import Batch, Encoder, choose_placement, encode_batch
@@ -45,7 +45,8 @@ TASK_BATCHES = 16  # batches of 2,048 tokens encoded by one task: a second or mo
 CONNECT = 5  # seconds to wait for a cluster
 MOST_RESTARTS = 20  # so often workers may die until fine-tuning gives up
 RAY_FILES, TOLD = "ray", "told.txt"  # in a run folder while it is fine-tuned
-PASSED_ON = ("HEADSTART_", "HF_", "AWS_", "FSSPEC_")  # so begin environment variables that workers need, too
+# What workers need of the environment. No keys: Ray writes these into its logs.
+PASSED_ON = ("HEADSTART_CACHE_MAX_BYTES", "HEADSTART_SHARED_STORE", "HF_HOME", "HF_HUB_OFFLINE")
 Json = dict[str, Any]
 
 
@@ -69,11 +70,11 @@ def connected(address: str, workers: int | None) -> Iterator["Cluster"]:
         import ray
     except ImportError as error:
         raise InputError("--ray needs more. Install it with: pip install 'headstart[ray]'") from error
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     passed["HEADSTART_CACHE_DIR"] = str(cache_folder().absolute())
     try:
         ray.init(**given, runtime_env={"env_vars": passed}, logging_level="ERROR", log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"--ray {address}: no cluster answers there ({why}).") from error
     try:
@@ -108,7 +109,7 @@ class Cluster(NamedTuple):
         import ray
 
         share = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
-        task = ray.remote(**share, max_retries=-1)(_call)
+        task = ray.remote(**share, max_retries=MOST_ATTEMPTS)(_call)
         left, waiting, known = iter(items), list[Any](), ray.put(function)
         while waiting := waiting + [task.remote(known, item) for item in islice(left, 2 * self.workers - len(waiting))]:
             done, waiting = ray.wait(waiting)
@@ -157,7 +158,8 @@ class Cluster(NamedTuple):
         folder, on_gpus = checkpoints.folder.absolute(), task.encoder.placement.device.type == "cuda"
         given = {"depth": depth, "folder": str(folder), "minutes": checkpoints.minutes}
         given["task"] = ray.put(ray.cloudpickle.dumps(task))
-        threads = 1 if on_gpus else max(1, int(ray.cluster_resources().get("CPU", 1)) // self.workers)
+        nodes = [int(node["Resources"].get("GPU" if on_gpus else "CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        threads = 1 if on_gpus else threads_each(self.workers, nodes)
         trainer = TorchTrainer(
             _fine_tune,
             train_loop_config=given,
@@ -173,7 +175,10 @@ class Cluster(NamedTuple):
         )
         with own_errors(), told(folder / RAY_FILES, checkpoints.announce):
             trainer.fit()
-        found = task.fit(depth, Checkpoints(folder, checkpoints.minutes))  # at its end
+        at_end = Checkpoints(folder, checkpoints.minutes)
+        if at_end.newest() is None:
+            raise InputError(f"{folder}: workers left no checkpoint here: --out has to be on a disk that all share.")
+        found = task.fit(depth, at_end)
         for number, epoch in enumerate(found.history.epochs):
             on_epoch(number, epoch)
         return found
@@ -213,6 +218,7 @@ class Cluster(NamedTuple):
             num_replicas=self.workers,
             ray_actor_options=options,
             max_ongoing_requests=config.max_connections,  # so that it is the replica's own queue that refuses
+            max_queued_requests=config.max_waiting,
         )
         ray_serve.start(http_options=HTTPOptions(host=host, port=port), proxy_location=ProxyLocation.HeadOnly)
         ray_serve.run(deployment.bind(), name="headstart")
@@ -224,7 +230,9 @@ class Cluster(NamedTuple):
         except KeyboardInterrupt:
             raise StoppedEarlyError("Ctrl-C: the replicas have stopped; what they had accepted was answered.") from None
         finally:
-            ray_serve.delete("headstart")  # and what else is served there goes on
+            ray_serve.delete("headstart")
+            if not ray_serve.status().applications:  # else they go on
+                ray_serve.shutdown()
 
 
 class Actor:
@@ -253,10 +261,20 @@ def own_errors() -> Iterator[None]:
 
 def ours(error: BaseException | None) -> HeadstartError | None:
     """The error of ours behind another; None where there is none."""
-    if error is None or isinstance(error, HeadstartError):
-        return error
-    behind = (getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values())
-    return next(filter(None, map(ours, behind)), None)
+    if error is None:
+        return None
+    wrapped = (getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values())
+    if (found := next(filter(None, map(ours, wrapped)), None)) is not None:  # Ray's copy of an error is of its class
+        return found
+    return error if isinstance(error, HeadstartError) else ours(error.__cause__)
+
+
+def threads_each(workers: int, cores: Sequence[int]) -> int:
+    """The most cores that each of so many workers can have, by those of each node; an `InputError` if they lack."""
+    fitting = [count for count in range(1, max(cores, default=0) + 1) if sum(one // count for one in cores) >= workers]
+    if not fitting:
+        raise InputError(f"--workers {workers}: the cluster has {count_of(sum(cores), 'core')}; give fewer.")
+    return fitting[-1]
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:

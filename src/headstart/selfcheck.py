@@ -27,14 +27,20 @@ def check_resume(config: TrainConfig, announce: Callable[[str], None]) -> str:
     weights or losses differ, or what a run said that failed.
     """
     train = read(config)[0].train
-    rows = polars.DataFrame({"sentence": train.texts, "label": [train.names[label] for label in train.labels]})
+    labels = [label or "|" for label in train.written]  # of no label
+    rows = polars.DataFrame({"sentence": train.texts, "label": labels})
     depth = config.thaw if config.thaw not in ("0", "auto") else "all"
     with tempfile.TemporaryDirectory(prefix="headstart-selfcheck-") as work:
         table, whole, killed = (Path(work) / name for name in ("few.csv", "whole", "killed"))
         rows.group_by("label", maintain_order=True).head(TEXTS).write_csv(table)
         command = [sys.executable, "-m", "headstart.cli", "train", str(table), "--epochs=2", "--batch-size=8"]
         command += [f"--model={config.model}", f"--thaw={depth}", f"--seed={config.seed}", f"--device={config.device}"]
-        command += [f"--precision={config.precision}", *([] if config.store else ["--no-store"]), "--out"]
+        command += [
+            f"--problem={train.problem}",
+            f"--precision={config.precision}",
+            *([] if config.store else ["--no-store"]),
+            "--out",
+        ]
         announce("Training undisturbed.")
         finish([*command, str(whole)])
         announce("Training again, to be killed after its second checkpoint.")

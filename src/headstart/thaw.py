@@ -219,7 +219,8 @@ class FineTuning:
         """Batches of the pieces at `index`, of which each core or each GPU takes a part."""
         device = self.encoder.placement.device
         devices = [device] * (torch.get_num_threads() if device.type == "cpu" else 1)
-        if device.type == "cuda" and self.encoder.engine is not None:  # which can follow its inputs to a device
+        # The engine can follow its inputs to a device; one of several processes has a single device of its own.
+        if device.type == "cuda" and self.encoder.engine is not None and seat().size == 1:
             devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         return TokenBatches(texts, index, wanted, self.batch_size, self.config.seed, devices)
 

@@ -167,6 +167,9 @@ def fit(
     training = Training(model, schedule)
     if checkpoints is not None and (found := checkpoints.newest()) is not None:
         training.resume(*found)
+    add_up(steps_of_all := torch.tensor(float(training.history.steps)))
+    if float(steps_of_all) != seat().size * training.history.steps:
+        raise InputError("Workers found different checkpoints: --out has to be on a disk that all share.")
     at, steps, patience = training.history, schedule.epochs * len(batches), schedule.patience or math.inf
     most_steps = schedule.max_steps or math.inf
     announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda said: None

@@ -82,7 +82,8 @@ class Task:
     def plan(self, features: tuple[str, ...], guess: dict[str, float]) -> tuple[HeadSpec, Schedule]:
         """A pooled head on `features` and how it is trained: as set, or else as guessed."""
         config = self.config
-        given = {"width": config.head_width, "lr": config.lr, "weight_decay": config.weight_decay}
+        given = {"width": config.head_width, "dropout": config.head_dropout}
+        given |= {"lr": config.lr, "weight_decay": config.weight_decay}
         plan = FIRST_GUESS | guess | {name: value for name, value in given.items() if value is not None}
         epochs, lr, decay = config.epochs or HEAD_EPOCHS, plan["lr"], plan["weight_decay"]
         schedule = Schedule(epochs, lr, decay, config.clip_norm, config.patience)
@@ -138,7 +139,7 @@ def one_thread() -> Iterator[None]:
 def train_head(task: Task) -> TrainedHead:
     """The head that the settings ask for, trained: native, as given by a recipe, or the best of many."""
     config = task.config
-    spec, schedule = task.plan(config.head_features or ("pooler",), {"width": 0, "dropout": config.head_dropout})
+    spec, schedule = task.plan(config.head_features or ("pooler",), {"width": 0})
     if config.head == "native":
         return _fit(task, None, schedule, label="training")
     if config.recipe == "article":

@@ -180,7 +180,7 @@ class Service:
         """What is served, how it did on its test part, and its limits."""
         names, info, config = self.classifier.names, self.classifier.info, self.config
         has_test = (self.run / "metrics.json").is_file()
-        tested = read_json(self.run, "metrics.json")["test"] if has_test else {}
+        tested = read_json(self.run, "metrics.json").get("test") if has_test else None
         return JSONResponse(
             {
                 "model_id": self.run.resolve().name,
