@@ -41,11 +41,11 @@ def started(nodes: Nodes, *arguments: str, **more: str) -> subprocess.Popen[str]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_an_error_of_ours_comes_back_as_it_was(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+def test_an_error_of_ours_comes_back_as_it_was(tiny_run: Path, tmp_path: Path) -> None:
     source = write_tables(tmp_path / "in", 8, 2)
     (source / "t9.csv").write_text("id,words\n1,so\n")
     arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output", str(tmp_path / "out")]
-    _, err = ended(started(nodes, *arguments), 2)
+    _, err = ended(by_ray(*arguments), 2)
     assert err.startswith(f"headstart: {source / 't9.csv'}: has no text column")
     assert "ray::" not in err
 
@@ -59,6 +59,13 @@ def test_workers_get_what_one_node_has(workers: int, cores: list[int], each: int
     assert threads_each(workers, cores) == each
     with pytest.raises(InputError, match="give fewer"):
         threads_each(sum(cores) + 1, cores)
+
+
+def by_ray(*arguments: str) -> subprocess.Popen[str]:
+    """The same by a cluster of this machine's own, begun for it alone."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [*HEADSTART, *arguments, "--ray", "--workers", "2"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
@@ -99,11 +106,11 @@ def parts_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("part-*")}
 
 
-def test_scoring_gives_the_bytes_of_one_process(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+def test_scoring_gives_the_bytes_of_one_process(tiny_run: Path, tmp_path: Path) -> None:
     source = write_tables(tmp_path / "in", 20_000, 4)
     arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output"]
     run(*arguments, str(tmp_path / "here"))
-    out, err = ended(started(nodes, *arguments, str(tmp_path / "there")))
+    out, err = ended(by_ray(*arguments, str(tmp_path / "there")))
     assert "20,000 of 20,000 rows labelled" in out
     assert "Traceback" not in err
     assert len(parts_of(tmp_path / "here")) == 6
