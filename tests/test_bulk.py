@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart import bulk, predict
-from headstart.bulk import PART_ROWS, Job, Part, Slice, Table, parts_of, score_each, score_tables
+from headstart.bulk import PART_ROWS, Job, Table, parts_of, score_each, score_tables
 from headstart.cli import main
 from headstart.errors import DataError, InputError, RunError
 from headstart.predict import Predictor
@@ -178,6 +178,9 @@ def test_a_folder_with_something_else_is_refused(tiny_run: Path, many: Path, tmp
     label(tiny_run, many / "a.parquet", tmp_path / "out")
     with pytest.raises(RunError, match="another classifier, other tables or settings"):
         label(tiny_run, many, tmp_path / "out")
+    (many / "a.parquet").write_bytes((many / "a.parquet").read_bytes())  # another of the same name and size
+    with pytest.raises(RunError, match="another classifier, other tables or settings"):
+        label(tiny_run, many / "a.parquet", tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(RunError, match="something else"):
@@ -218,10 +221,10 @@ def test_bytes_that_are_no_text_are_set_aside(tiny_run: Path, tmp_path: Path) ->
 
 def test_a_table_that_is_gone_when_it_is_to_be_read_stops_the_job(tiny_run: Path, many: Path, tmp_path: Path) -> None:
     job = Job(str(tiny_run), str(tmp_path / "out"), precision="fp32", device="cpu")
-    table = bulk.measure(job, (str(many / "a.parquet"), 1))
+    (part,) = parts_of([bulk.measure(job, (str(many / "a.parquet"), "1"))])
     (many / "a.parquet").unlink()
     with pytest.raises(InputError, match="cannot be read on"):  # as on a node without the disk, which is no bad row
-        bulk.Scorer(job)(Part("part-00000", [Slice(table, 0, table.rows)]))
+        bulk.Scorer(job)(part)
     assert not (tmp_path / "out" / "_bad").exists()
     assert not list((tmp_path / "out" / "_begun").glob("*/*"))
 
@@ -248,8 +251,7 @@ def test_a_text_that_breaks_the_engine_is_alone_with_it(tiny_run: Path) -> None:
 
 def test_a_part_that_nobody_survives_is_set_aside(tiny_run: Path, many: Path, tmp_path: Path) -> None:
     job = Job(str(tiny_run), str(tmp_path / "out"), precision="fp32", device="cpu")
-    table = bulk.measure(job, (str(many / "a.parquet"), 1))
-    part = Part("part-00000", [Slice(table, 0, table.rows)])
+    (part,) = parts_of([bulk.measure(job, (str(many / "a.parquet"), "1"))])
     scorer = bulk.Scorer(job)
     for i in range(bulk.MOST_ATTEMPTS):
         assert scorer(part)["rows"] == 90
@@ -262,7 +264,7 @@ def test_a_part_that_nobody_survives_is_set_aside(tiny_run: Path, many: Path, tm
 
 @given(rows=st.lists(st.tuples(st.integers(0, 3 * PART_ROWS), st.sampled_from(["x", "y"])), max_size=12))
 def test_parts_hold_each_row_once_in_order_and_no_mixed_columns(rows: list[tuple[int, str]]) -> None:
-    tables = [Table(str(i), 0, "", count, "text", shape) for i, (count, shape) in enumerate(rows)]
+    tables = [Table(str(i), "", "", count, "text", shape) for i, (count, shape) in enumerate(rows)]
     parts = parts_of(tables)
     assert all(0 < part.rows <= PART_ROWS for part in parts)
     assert all(len({one.table.shape for one in part.slices}) == 1 for part in parts)
@@ -276,6 +278,24 @@ def test_parts_hold_each_row_once_in_order_and_no_mixed_columns(rows: list[tuple
     assert [one[0] for one in found] == sorted(one[0] for one in found)
     names = [part.name for part in parts]
     assert names == sorted(set(names))
+
+
+@given(
+    kept=st.lists(st.booleans(), min_size=1, max_size=60),
+    rows=st.integers(1, 7),
+    ending=st.sampled_from(["csv", "jsonl"]),
+)
+def test_rows_keep_the_numbers_that_they_have_in_a_damaged_table(kept: list[bool], rows: int, ending: str) -> None:
+    first = 2 if ending == "csv" else 1
+    numbers = [number for number, here in enumerate(kept, start=first) if here]
+    gaps = [number for number, here in enumerate(kept, start=first) if not here]
+    table = Table(f"a.{ending}", "", "", len(numbers), "text", gaps=gaps)
+    found = list[int]()
+    for start in range(0, len(numbers), rows):
+        piece = bulk.slice_of(table, start, min(rows, len(numbers) - start))
+        assert all(piece.first < gap <= piece.first + piece.rows + len(piece.table.gaps) for gap in piece.table.gaps)
+        found += bulk.numbers_of(piece)
+    assert found == numbers
 
 
 def test_tables_and_answers_may_be_elsewhere(tiny_run: Path, many: Path) -> None:

@@ -987,20 +987,6 @@ for arguments in {[list(map(str, command)) for command in commands]}:
     assert tree(tmp_path) == before
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real disk of 100 kB; the test is skipped where mounting is not permitted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_full_disk(
     run: Run, tiny_bert: Path, tiny_run: Path, small_table: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Real nodes of a real Ray cluster on this machine: the same bytes as one process gives, whoever is killed."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,8 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,36 @@ def nodes() -> Iterator[Nodes]:
         yield found
 
 
-def started(nodes: Nodes, *arguments: str, **more: str) -> subprocess.Popen[str]:
-    command = [*HEADSTART, *arguments, "--ray", nodes.address]
-    environment = {**nodes.environment, **more}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+Begin = Callable[..., subprocess.Popen[str]]
 
 
-def test_an_error_of_ours_comes_back_as_it_was(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Begins commands, on nodes or, without any, on a cluster of their own; those left at the end are killed."""
+    begun = list[subprocess.Popen[str]]()
+
+    def start(*arguments: str, nodes: Nodes | None = None, **more: str) -> subprocess.Popen[str]:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        where, environment = ([nodes.address], nodes.environment) if nodes else (["--workers", "2"], own)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [*HEADSTART, *arguments, "--ray", *where]
+        begun.append(subprocess.Popen(command, env={**environment, **more}, **pipes))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.communicate(timeout=60)
+
+
+def test_an_error_of_ours_comes_back_as_it_was(begin: Begin, tiny_run: Path, tmp_path: Path) -> None:
     source = write_tables(tmp_path / "in", 8, 2)
     (source / "t9.csv").write_text("id,words\n1,so\n")
     arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output", str(tmp_path / "out")]
-    _, err = ended(by_ray(*arguments), 2)
+    _, err = ended(begin(*arguments), 2)
     assert err.startswith(f"headstart: {source / 't9.csv'}: has no text column")
     assert "ray::" not in err
 
@@ -61,16 +82,9 @@ def test_workers_get_what_one_node_has(workers: int, cores: list[int], each: int
         threads_each(sum(cores) + 1, cores)
 
 
-def by_ray(*arguments: str) -> subprocess.Popen[str]:
-    """The same by a cluster of this machine's own, begun for it alone."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [*HEADSTART, *arguments, "--ray", "--workers", "2"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 300) -> tuple[str, str]:
     """What a process said on stdout and stderr, once it has ended as it should."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     return out, err
 
@@ -106,11 +120,11 @@ def parts_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("part-*")}
 
 
-def test_scoring_gives_the_bytes_of_one_process(tiny_run: Path, tmp_path: Path) -> None:
+def test_scoring_gives_the_bytes_of_one_process(begin: Begin, tiny_run: Path, tmp_path: Path) -> None:
     source = write_tables(tmp_path / "in", 20_000, 4)
     arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output"]
     run(*arguments, str(tmp_path / "here"))
-    out, err = ended(by_ray(*arguments, str(tmp_path / "there")))
+    out, err = ended(begin(*arguments, str(tmp_path / "there")))
     assert "20,000 of 20,000 rows labelled" in out
     assert "Traceback" not in err
     assert len(parts_of(tmp_path / "here")) == 6
@@ -141,9 +155,12 @@ def moment(nodes: Nodes, out: Path, phase: str) -> int:
     return node
 
 
-def lose_a_node(nodes: Nodes, run: Path, source: Path, out: Path, phase: str, rows: int) -> dict[str, Any]:
-    """Score by all nodes and kill one in a phase; then every row must be there once, whatever was scored again."""
-    process = started(nodes, "predict", str(run), "--device", "cpu", "--input", str(source), "--output", str(out))
+def scoring(run: Path, source: Path, out: Path) -> list[str]:
+    return ["predict", str(run), "--device", "cpu", "--input", str(source), "--output", str(out)]
+
+
+def lose_a_node(nodes: Nodes, process: subprocess.Popen[str], out: Path, phase: str, rows: int) -> dict[str, Any]:
+    """Kill a node in a phase of scoring by all; then every row must be there once, whatever was scored again."""
     killed = moment(nodes, out, phase)
     os.kill(killed, signal.SIGKILL)
     nodes.raylets.remove(killed)
@@ -158,9 +175,10 @@ def lose_a_node(nodes: Nodes, run: Path, source: Path, out: Path, phase: str, ro
 
 
 @pytest.mark.slow
-def test_a_node_killed_while_it_scores_loses_no_row(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
-    source = write_tables(tmp_path / "in", 60_000, 6)
-    summary = lose_a_node(nodes, tiny_run, source, tmp_path / "out", "reading", 60_000)
+def test_a_node_killed_while_it_scores_loses_no_row(begin: Begin, nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+    source, out = write_tables(tmp_path / "in", 60_000, 6), tmp_path / "out"
+    process = begin(*scoring(tiny_run, source, out), nodes=nodes)
+    summary = lose_a_node(nodes, process, out, "reading", 60_000)
     assert summary["rows_begun_again"] > 0
 
 
@@ -168,38 +186,33 @@ def test_a_node_killed_while_it_scores_loses_no_row(nodes: Nodes, tiny_run: Path
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 @pytest.mark.parametrize("phase", ["listing", "reading", "scoring", "writing"])
 def test_100_000_rows_with_a_node_killed_in_each_phase(
-    nodes: Nodes, tiny_run: Path, tmp_path: Path, phase: str
+    begin: Begin, nodes: Nodes, tiny_run: Path, tmp_path: Path, phase: str
 ) -> None:
-    source = write_tables(tmp_path / "in", 100_000, 200 if phase == "listing" else 10)
+    source, out = write_tables(tmp_path / "in", 100_000, 200 if phase == "listing" else 10), tmp_path / "out"
     if phase == "listing":
         (source / "t0000.csv").write_bytes(b"id,sentence\n0,a,b\n")  # its copy shows that listing has begun
-        summary = lose_a_node_with_a_bad_row(nodes, tiny_run, source, tmp_path / "out")
-    else:
-        summary = lose_a_node(nodes, tiny_run, source, tmp_path / "out", phase, 100_000)
+    summary = lose_a_node(nodes, begin(*scoring(tiny_run, source, out), nodes=nodes), out, phase, 100_000)
+    assert summary["set_aside"] == (phase == "listing")
     again = f"{phase}: {summary['rows_begun_again'] / summary['rows']:.1%} of the rows were begun again"
     warnings.warn(again, RuntimeWarning, stacklevel=1)  # so that a run of pytest says it
 
 
-def lose_a_node_with_a_bad_row(nodes: Nodes, run: Path, source: Path, out: Path) -> dict[str, Any]:
-    summary = lose_a_node(nodes, run, source, out, "listing", 100_000)
-    assert summary["set_aside"] == 1
-    return summary
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::RuntimeWarning")
-def test_a_driver_killed_five_times_scores_every_row_once(nodes: Nodes, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_driver_killed_five_times_scores_every_row_once(
+    begin: Begin, nodes: Nodes, tiny_run: Path, tmp_path: Path
+) -> None:
     source, out = write_tables(tmp_path / "in", 100_000, 10), tmp_path / "out"
-    arguments = ["predict", str(tiny_run), "--device", "cpu", "--input", str(source), "--output", str(out)]
+    arguments = scoring(tiny_run, source, out)
     for _ in range(5):
         there = len(list(out.glob("part-*")))
-        process = started(nodes, *arguments)
+        process = begin(*arguments, nodes=nodes)
         wait_until(lambda: len(list(out.glob("part-*"))) > there or process.poll() is not None, "a part")  # noqa: B023
         assert process.poll() is None
         time.sleep(random.random() / 4)
         process.kill()
         process.communicate()
-    said, err = ended(started(nodes, *arguments))
+    said, err = ended(begin(*arguments, nodes=nodes))
     assert "Resumed" in err
     ids = pl.concat([pl.read_parquet(path)["id"].cast(pl.Int64) for path in sorted(out.glob("part-*"))])
     assert ids.to_list() == list(range(100_000))
@@ -214,22 +227,15 @@ def fine_tuning(table: Path, model: Path, out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
-    nodes: Nodes, tiny_bert: Path, tmp_path: Path
+    begin: Begin, nodes: Nodes, tiny_bert: Path, tmp_path: Path
 ) -> None:
     chance = random.Random(1)
     rows = [(f"{chance.choice(TEXTS)} {i}", chance.choice("ab")) for i in range(3000)]
     table = write_csv(tmp_path / "noise.csv", rows)
     run(*fine_tuning(table, tiny_bert, tmp_path / "one"), OMP_NUM_THREADS="2", HEADSTART_CACHE_DIR=str(tmp_path / "c1"))
     out = tmp_path / "two"
-    cache = tmp_path / "c2"
-    process = started(
-        nodes,
-        *fine_tuning(table, tiny_bert, out),
-        "--workers",
-        "2",
-        HEADSTART_CACHE_DIR=str(cache),
-        OMP_NUM_THREADS="2",
-    )
+    given = {"HEADSTART_CACHE_DIR": str(tmp_path / "c2"), "OMP_NUM_THREADS": "2"}
+    process = begin(*fine_tuning(table, tiny_bert, out), "--workers", "2", nodes=nodes, **given)
     wait_until(lambda: process.poll() is not None or len(list(out.glob("checkpoint-*/"))) > 1, "checkpoints")
     last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*/"))
     workers = [one for one in psutil.process_iter(["name"]) if one.info["name"].startswith("ray::RayTrain")]
@@ -249,6 +255,15 @@ def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
     assert not (out / "ray").exists()
 
 
+@pytest.mark.slow
+def test_workers_whose_disk_is_full_do_not_try_again(
+    begin: Begin, small_disk: Path, tiny_bert: Path, small_table: Path
+) -> None:
+    _, err = ended(begin(*fine_tuning(small_table, tiny_bert, small_disk / "out")), 2, seconds=60)
+    assert "the disk is full" in err
+    assert "Traceback" not in err
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -265,35 +280,61 @@ def ask(port: int, path: str, body: Any = None) -> tuple[int, Any]:
         return error.code, json.loads(error.read())
 
 
-def test_replicas_answer_as_one_server_and_all_of_ray_listens_on_loopback(tiny_run: Path) -> None:
+def serving(begin: Begin, run: Path, nodes: Nodes | None = None) -> tuple[subprocess.Popen[str], int]:
+    """Replicas that answer, with room for four texts each, and their port."""
+    port = free_port()
+    arguments = ["serve", str(run), "--device", "cpu", "--port", str(port), "--max-waiting", "4"]
+    process = begin(*arguments, nodes=nodes)
+    assert process.stderr is not None
+    said = list(itertools.takewhile(lambda line: not line.startswith("Serving"), process.stderr))
+    assert process.poll() is None, said
+    return process, port
+
+
+def listening(processes: Iterable[psutil.Process]) -> list[str]:
+    """Addresses where processes listen."""
+    found = [one.laddr.ip for process in processes for one in process.net_connections() if one.status == "LISTEN"]
+    return [ip.removeprefix("::ffff:") for ip in found]
+
+
+def test_replicas_answer_as_one_server_and_all_of_ray_listens_on_loopback(begin: Begin, tiny_run: Path) -> None:
     from headstart import predict
 
-    port = free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [*HEADSTART, "serve", str(tiny_run), "--device", "cpu", "--ray", "--workers", "2", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--max-waiting", "4"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stderr is not None
-        wait_until(lambda: process.stderr.readline().startswith("Serving"), "replicas")  # type: ignore[union-attr]
-        status, answer = ask(port, "/predict", {"inputs": "the film was superb"})
-        wanted = predict.load(tiny_run, device="cpu", precision="fp32").predict_proba(["the film was superb"])[0]
-        likely = dict(zip("01", wanted, strict=True))
-        assert status == 200
-        assert {one["label"]: one["score"] for one in answer} == pytest.approx(likely, abs=0.02)
-        assert ask(port, "/predict", {"inputs": ["a", "b"]})[0] == 422
-        assert ask(port, "/predict", {"inputs": [["a"]] * 5})[:1] == (413,)
-        assert ask(port, "/health") == (200, {"status": "ok"})
-        family = psutil.Process(process.pid).children(recursive=True)
-        listening = [one.laddr.ip for child in family for one in child.net_connections() if one.status == "LISTEN"]
-        assert len(listening) > 8
-        assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == 0
+    process, port = serving(begin, tiny_run)
+    status, answer = ask(port, "/predict", {"inputs": "the film was superb"})
+    wanted = predict.load(tiny_run, device="cpu", precision="fp32").predict_proba(["the film was superb"])[0]
+    likely = dict(zip("01", wanted, strict=True))
+    assert status == 200
+    assert {one["label"]: one["score"] for one in answer} == pytest.approx(likely, abs=0.02)
+    assert ask(port, "/predict", {"inputs": ["a", "b"]})[0] == 422
+    assert ask(port, "/predict", {"inputs": [["a"]] * 5})[:1] == (413,)
+    assert ask(port, "/health") == (200, {"status": "ok"})
+    with ThreadPoolExecutor(32) as pool:  # against room for eight texts
+        four = {"inputs": [["the film was superb " * 20]] * 4}
+        answers = list(pool.map(lambda _: ask(port, "/predict", four), range(200)))
+    assert {status for status, _ in answers} == {200, 429}
+    assert {answer["error_type"] for status, answer in answers if status == 429} == {"Overloaded"}
+    assert ask(port, "/predict", {"inputs": "the film was superb"}) == (200, answer)
+    family = psutil.Process(process.pid).children(recursive=True)
+    addresses = listening(family)
+    assert len(addresses) > 8
+    assert set(addresses) == {"127.0.0.1"}
+    process.terminate()
+    ended(process)
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_one_cluster_serves_one_run_after_another(begin: Begin, nodes: Nodes, tiny_run: Path) -> None:
+    for _ in range(2):
+        process, port = serving(begin, tiny_run, nodes)
+        assert ask(port, "/health") == (200, {"status": "ok"})
+        family = psutil.Process(nodes.process.pid).children(recursive=True)
+        assert set(listening(family)) == {"127.0.0.1"}
+        process.terminate()
+        ended(process)
+        with pytest.raises(urllib.error.URLError):
+            ask(port, "/health")
 
 
 def test_nothing_of_ray_is_imported_unless_asked_for(tiny_run: Path, tmp_path: Path) -> None:

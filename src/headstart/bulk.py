@@ -47,14 +47,14 @@ Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # as `map
 
 
 class Table(NamedTuple):
-    """A table of `size` bytes: its rows, what is read of it (itself, or a copy without bad rows), its text column.
+    """A table in a version: its rows, what is read of it (itself, or a copy without bad rows), its text column.
 
     `shape` is equal where columns are. So many `bad` rows were set aside at once; `gaps` are the numbers of rows that
     the copy lacks, blank ones, too; `problem` is why nothing of the table can be read.
     """
 
     source: str
-    size: int
+    version: str
     read: str
     rows: int = 0
     text: str = ""
@@ -65,11 +65,15 @@ class Table(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """So many rows of a table, from `start`, counted from 0, on."""
+    """So many rows of what is read of a table, from `start`, counted from 0, on.
+
+    `first` is the number of the first in the table as it was; the table's gaps are those between its rows alone.
+    """
 
     table: Table
     start: int
     rows: int
+    first: int
 
 
 class Part(NamedTuple):
@@ -109,7 +113,7 @@ class Job:
         options: Json = {"device": self.device, "precision": self.precision, "min_confidence": self.min_confidence}
         return load(self.run, texts=self.rows, **options)
 
-    def key(self, tables: dict[str, int]) -> str:
+    def key(self, tables: dict[str, str]) -> str:
         """A sha256 of all that decides the answers."""
         files = [path for pattern in (*HUB_FILES, "onnx/export.json") for path in sorted(Path(self.run).glob(pattern))]
         sums = [file_sha256(path) for path in files if path.name != "metrics.json"]
@@ -121,8 +125,8 @@ class NoTextError(InputError):
     """A table has no column to score, so that the job cannot begin."""
 
 
-def measure(job: Job, found: tuple[str, int]) -> Table:
-    """Look at a table, by its name and bytes: its rows are counted, its text is found, bad rows are set aside.
+def measure(job: Job, found: tuple[str, str]) -> Table:
+    """Look at a table, by its name and version: its rows are counted, its text is found, bad rows are set aside.
 
     A `NoTextError` if it has no text column. What cannot be read is no reason to stop.
     """
@@ -202,11 +206,19 @@ def parts_of(tables: Iterable[Table]) -> list[Part]:
             if not room or (slices and slices[0].table[4:6] != table[4:6]):  # another text, or shape
                 found.append(slices)
                 slices, room = [], PART_ROWS
-            slices.append(Slice(table, start, min(room, table.rows - start)))
+            slices.append(slice_of(table, start, min(room, table.rows - start)))
             start += slices[-1].rows
     found += [slices] if slices else []
     width = max(5, len(str(len(found))))
     return [Part(f"part-{number:0{width}}", some) for number, some in enumerate(found)]
+
+
+def slice_of(table: Table, start: int, rows: int) -> Slice:
+    """So many rows of a table from `start` on, with the numbers they have in it."""
+    first, gaps = start + (2 if is_delimited(table.source) else 1), table.gaps  # as a header is row 1
+    without = np.asarray(gaps, dtype=np.int64) - np.arange(len(gaps))  # where each gap would be without those before it
+    begin, end = np.searchsorted(without, [first, first + rows - 1], side="right").tolist()
+    return Slice(table._replace(gaps=gaps[begin:end]), start, rows, first + begin)
 
 
 class Scorer:
@@ -252,16 +264,19 @@ class Scorer:
         return {"name": part.name, "rows": part.rows, "cut": int(scores.cut.sum()), **seconds}
 
 
+def numbers_of(piece: Slice) -> list[int]:
+    """Which rows of the table as it was they are."""
+    gaps = np.asarray(piece.table.gaps, dtype=np.int64)
+    return np.delete(piece.first + np.arange(piece.rows + len(gaps)), gaps - piece.first).tolist()
+
+
 def texts_of(piece: Slice, refused: str = "") -> tuple[pl.DataFrame, list[Json], list[Json]]:
     """The rows of a slice that have a text, where each is from, and the others, as they are set aside.
 
     All are others where `refused` says why, or where they cannot be read.
     """
-    table, first = piece.table, 2 if is_delimited(piece.table.source) else 1  # as a header is row 1
-    numbers = np.arange(piece.start, piece.start + piece.rows) + first
-    for row in table.gaps:  # in order; those after it are one further down
-        numbers += numbers >= row
-    origins = [{"source": table.source, "row": row} for row in numbers.tolist()]
+    table = piece.table
+    origins = [{"source": table.source, "row": row} for row in numbers_of(piece)]
     try:
         with near(table.read) as path, parsing(path):
             frame = scan(path).slice(piece.start, piece.rows).collect(engine="streaming")
@@ -359,7 +374,7 @@ def score_tables(
     return summarise(job, tables, parts, {**counts, "seconds": time.monotonic() - begun})
 
 
-def look_at(job: Job, found: Mapping[str, int], each: Each) -> list[Table]:
+def look_at(job: Job, found: Mapping[str, str], each: Each) -> list[Table]:
     """`measure` each table, in order; a `DataError`, and nothing is left there, if there is nothing to score."""
     seen = dict[str, Table]()
     try:

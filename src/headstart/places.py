@@ -18,6 +18,8 @@ from headstart.errors import DataError, InputError, disk_errors
 from headstart.folders import whole_file
 from headstart.tables import ENDING, file_format, is_remote, resolve_path
 
+STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")  # as file systems name it
+
 
 class Place:
     """A folder, here or where fsspec finds it, whose files are written whole or not at all."""
@@ -77,10 +79,11 @@ def absolute(source: str) -> str:
     return source if is_remote(source) else str(Path(source.removeprefix("file://")).absolute())
 
 
-def find_tables(source: str, output: str) -> dict[str, int]:
-    """The tables of a path, a folder or a pattern, in order, but for those in `output`, and the bytes of each.
+def find_tables(source: str, output: str) -> dict[str, str]:
+    """The tables of a path, a folder or a pattern, in order, but for those in `output`, and a version of each.
 
-    A `DataError` if there is none.
+    That is its size and when it was written, or a sum of its bytes where the store has one. A `DataError` if there is
+    no table.
     """
     fs, path = reach(absolute(resolve_path(source)))
     if fs.isfile(path):
@@ -91,13 +94,17 @@ def find_tables(source: str, output: str) -> dict[str, int]:
     aside = reach(output)[1].rstrip("/") + "/"
     named = (name for name in sorted(found) if ENDING.search(name) and name.rpartition("/")[2][0] not in "._")
     tables = {
-        fs.unstrip_protocol(name) if is_remote(source) else name: int(fs.size(name))
+        fs.unstrip_protocol(name) if is_remote(source) else name: _version(fs.info(name))
         for name in named
         if fs.isfile(name) and not name.startswith(aside)
     }
     if not tables:
         raise DataError(f"{source}: there is no table of that name or pattern. Check the path.")
     return tables
+
+
+def _version(info: dict[str, Any]) -> str:
+    return f"{info['size']} {next((info[name] for name in STAMPS if info.get(name)), '')}"
 
 
 @functools.lru_cache(maxsize=2)

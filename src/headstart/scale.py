@@ -28,7 +28,7 @@ from headstart.bulk import MOST_ATTEMPTS, Job, Part, Scorer, Slice, Table
 from headstart.checkpoints import Checkpoints
 from headstart.config import Device, Precision, ServeConfig
 from headstart.encoder import Batch, Encoder, choose_placement, encode_batch
-from headstart.errors import HeadstartError, InputError, ModelError, StoppedEarlyError, count_of
+from headstart.errors import HeadstartError, InputError, ModelError, StoppedEarlyError, TerminatedError, count_of
 from headstart.features import cache_folder
 from headstart.model import Depth
 from headstart.parallel import cores
@@ -81,7 +81,8 @@ def connected(address: str, workers: int | None) -> Iterator["Cluster"]:
         has = ray.cluster_resources()
         gpus = int(has.get("GPU", 0))
         with contextlib.redirect_stdout(sys.stderr):  # where Ray brings what workers and machines say
-            yield Cluster(workers or gpus or max(1, int(has.get("CPU", 1))), gpus, address == LOCAL)
+            here = all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes())
+            yield Cluster(workers or gpus or max(1, int(has.get("CPU", 1))), gpus, here)
     finally:
         ray.shutdown()
 
@@ -102,7 +103,7 @@ class Cluster(NamedTuple):
 
     workers: int
     gpus: int
-    is_alone: bool  # on this machine, begun here
+    on_loopback: bool  # all its machines are this one
 
     def each(self, function: Callable[[Any], Any], items: Iterable[Any], device: Device = "cpu") -> Iterator[Any]:
         """`function` of each item, as they are done; what is lost with a machine is begun again elsewhere."""
@@ -149,11 +150,17 @@ class Cluster(NamedTuple):
         """As `FineTuning.fit`, by workers in Ray Train that have the same loop, each with its part of every batch.
 
         They leave a last checkpoint in the run folder, which they all have to reach, and here it is gone on from. When
-        a worker dies, all begin anew from the newest checkpoint.
+        a worker dies, all begin anew from the newest checkpoint; when one raises an error of ours, all end.
         """
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
         from ray.train.torch import TorchConfig, TorchTrainer
+
+        class GiveUp(UserCallback):  # type: ignore[misc]  # of Ray's classes mypy knows nothing here
+            def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+                found = next(filter(None, map(ours, worker_exceptions.values())), None)
+                if found is not None and not isinstance(found, TerminatedError):  # as of a node that is taken away
+                    raise found
 
         folder, on_gpus = checkpoints.folder.absolute(), task.encoder.placement.device.type == "cuda"
         given = {"depth": depth, "folder": str(folder), "minutes": checkpoints.minutes}
@@ -170,6 +177,7 @@ class Cluster(NamedTuple):
             run_config=RunConfig(
                 name=secrets.token_hex(4),  # Ray would go on with a run of the same name
                 storage_path=str(folder / RAY_FILES),
+                callbacks=[GiveUp()],
                 failure_config=FailureConfig(max_failures=MOST_RESTARTS),
             ),
         )
@@ -196,7 +204,7 @@ class Cluster(NamedTuple):
         from headstart.serve.guard import key_of
         from headstart.serve.server import bind, url_of, warn_of_strangers
 
-        key, is_alone = key_of(config), self.is_alone
+        key, on_loopback = key_of(config), self.on_loopback
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         # What is amiss is told here, and not by replicas.
         predict.load(run, device=device, precision=precision, min_confidence=config.min_confidence)
@@ -205,7 +213,7 @@ class Cluster(NamedTuple):
         warn_of_strangers(host, key, announce)
 
         def build() -> Any:  # in each replica
-            if is_alone:
+            if on_loopback:
                 _listen_on_loopback()
             from headstart.serve.app import Service, make_app
 
@@ -244,7 +252,7 @@ class Actor:
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Score the one part of a batch."""
         name, slices = json.loads(batch["part"][0])
-        part = Part(name, [Slice(Table(*table), start, rows) for table, start, rows in slices])
+        part = Part(name, [Slice(Table(*table), *rows) for table, *rows in slices])
         return {"done": [json.dumps(self.scorer(part))]}
 
 
@@ -263,7 +271,8 @@ def ours(error: BaseException | None) -> HeadstartError | None:
     """The error of ours behind another; None where there is none."""
     if error is None:
         return None
-    wrapped = (getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values())
+    wrapped = [getattr(error, name, None) for name in ("cause", "controller_failure")]
+    wrapped += getattr(error, "worker_failures", {}).values()
     if (found := next(filter(None, map(ours, wrapped)), None)) is not None:  # Ray's copy of an error is of its class
         return found
     return error if isinstance(error, HeadstartError) else ours(error.__cause__)
