@@ -43,6 +43,7 @@ ROOMS = (
     "inputs",
     "recent",
     "estimator",
+    "parts",
     "bulk",
     "export",
     "calibrate",
@@ -53,6 +54,7 @@ ROOMS = (
     "serve.app",
     "serve.server",
     "scale",
+    "serve.replicas",
     "__init__",
     "cli",
 )

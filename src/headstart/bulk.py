@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -29,13 +29,13 @@ import polars as pl
 from headstart.config import Device, Precision
 from headstart.errors import DataError, HeadstartError, InputError, RunError, StoppedEarlyError, count_of
 from headstart.folders import file_sha256
+from headstart.parts import PART_ROWS, Part, Table, parts_of, records, texts_of
 from headstart.places import Place, find_tables, near
 from headstart.predict import Predictor, Scores, load, read_parts
 from headstart.progress import bar
 from headstart.runs import HUB_FILES, read_json
-from headstart.tables import count_rows, file_format, find_column, is_delimited, parsing, rows_one_by_one, scan
+from headstart.tables import count_rows, file_format, find_column, rows_one_by_one, scan
 
-PART_ROWS = 4096  # seconds of work, so that little is lost with whoever dies; a million rows make some 250 files
 MOST_ATTEMPTS = 10  # a part that so many have begun and none has ended is set aside: it is what ends them
 PLAN, SUMMARY = "_plan.json", "_summary.json"
 ASIDE, BEGUN, MENDED = "_bad", "_begun", "_mended"  # rows set aside; who began what; copies of tables without bad rows
@@ -44,48 +44,6 @@ UNREADABLE = (DataError, OSError, EOFError, zlib.error, UnicodeDecodeError, csv.
 MENDABLE = (".csv", ".tsv", ".jsonl", ".ndjson")
 Json = dict[str, Any]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # as `map`, in any order
-
-
-class Table(NamedTuple):
-    """A table in a version: its rows, what is read of it (itself, or a copy without bad rows), its text column.
-
-    `shape` is equal where columns are. So many `bad` rows were set aside at once; `gaps` are the numbers of rows that
-    the copy lacks, blank ones, too; `problem` is why nothing of the table can be read.
-    """
-
-    source: str
-    version: str
-    read: str
-    rows: int = 0
-    text: str = ""
-    shape: str = ""
-    bad: int = 0
-    gaps: Sequence[int] = ()
-    problem: str | None = None
-
-
-class Slice(NamedTuple):
-    """So many rows of what is read of a table, from `start`, counted from 0, on.
-
-    `first` is the number of the first in the table as it was; the table's gaps are those between its rows alone.
-    """
-
-    table: Table
-    start: int
-    rows: int
-    first: int
-
-
-class Part(NamedTuple):
-    """The rows of one file of the output."""
-
-    name: str
-    slices: Sequence[Slice]
-
-    @property
-    def rows(self) -> int:
-        """How many."""
-        return sum(one.rows for one in self.slices)
 
 
 @dataclass(frozen=True)
@@ -191,36 +149,6 @@ def _trained_on(run: str) -> str | None:
     return read_json(Path(run), "headstart.json").get("columns", [None])[0] if there else None
 
 
-def records(found: Sequence[Json]) -> bytes:
-    """JSON, a record a line."""
-    return b"".join(json.dumps(one, ensure_ascii=False, default=str).encode() + b"\n" for one in found)
-
-
-def parts_of(tables: Iterable[Table]) -> list[Part]:
-    """Cut tables into parts of `PART_ROWS` rows, in order; small ones with the same columns share a part."""
-    found, slices = list[list[Slice]](), list[Slice]()
-    for table in tables:
-        start = 0
-        while start < table.rows:
-            room = PART_ROWS - sum(one.rows for one in slices)
-            if not room or (slices and slices[0].table[4:6] != table[4:6]):  # another text, or shape
-                found.append(slices)
-                slices, room = [], PART_ROWS
-            slices.append(slice_of(table, start, min(room, table.rows - start)))
-            start += slices[-1].rows
-    found += [slices] if slices else []
-    width = max(5, len(str(len(found))))
-    return [Part(f"part-{number:0{width}}", some) for number, some in enumerate(found)]
-
-
-def slice_of(table: Table, start: int, rows: int) -> Slice:
-    """So many rows of a table from `start` on, with the numbers they have in it."""
-    first, gaps = start + (2 if is_delimited(table.source) else 1), table.gaps  # as a header is row 1
-    without = np.asarray(gaps, dtype=np.int64) - np.arange(len(gaps))  # where each gap would be without those before it
-    begin, end = np.searchsorted(without, [first, first + rows - 1], side="right").tolist()
-    return Slice(table._replace(gaps=gaps[begin:end]), start, rows, first + begin)
-
-
 class Scorer:
     """Scores parts of a job, one after the other or several at once."""
 
@@ -264,47 +192,6 @@ class Scorer:
         return {"name": part.name, "rows": part.rows, "cut": int(scores.cut.sum()), **seconds}
 
 
-def numbers_of(piece: Slice) -> list[int]:
-    """Which rows of the table as it was they are."""
-    gaps = np.asarray(piece.table.gaps, dtype=np.int64)
-    return np.delete(piece.first + np.arange(piece.rows + len(gaps)), gaps - piece.first).tolist()
-
-
-def texts_of(piece: Slice, refused: str = "") -> tuple[pl.DataFrame, list[Json], list[Json]]:
-    """The rows of a slice that have a text, where each is from, and the others, as they are set aside.
-
-    All are others where `refused` says why, or where they cannot be read.
-    """
-    table = piece.table
-    origins = [{"source": table.source, "row": row} for row in numbers_of(piece)]
-    try:
-        with near(table.read) as path, parsing(path):
-            frame = scan(path).slice(piece.start, piece.rows).collect(engine="streaming")
-        if frame.height != piece.rows:
-            raise DataError(f"{table.source}: has other rows than when the job began.")
-    except DataError as error:
-        refused = refused or str(error)
-    if refused:
-        return pl.DataFrame(), [], [{**one, "reason": refused} for one in origins]
-    if frame[table.text].dtype == pl.Binary:
-        frame = frame.with_columns(pl.Series(table.text, map(_decoded, frame[table.text]), dtype=pl.String))
-    texts = frame[table.text].cast(pl.String)
-    empty = (texts.is_null() | (texts.str.strip_chars() == "")).to_list()
-    others = [
-        {**origin, "reason": "its text is empty", "record": frame.row(i, named=True)}
-        for i, (origin, lacks) in enumerate(zip(origins, empty, strict=True))
-        if lacks
-    ]
-    kept = [origin for origin, lacks in zip(origins, empty, strict=True) if not lacks]
-    return frame.filter(~pl.Series(empty, dtype=pl.Boolean)), kept, others
-
-
-def _decoded(content: bytes | None) -> str | None:
-    with contextlib.suppress(UnicodeDecodeError):
-        return content.decode() if content is not None else None
-    return None
-
-
 def score_each(predictor: Predictor, texts: Sequence[str]) -> tuple[Scores, dict[int, str]]:
     """Scores of texts, without those that cannot be scored, and why those cannot, by their places.
 
@@ -324,8 +211,7 @@ def score_each(predictor: Predictor, texts: Sequence[str]) -> tuple[Scores, dict
             failed[some[0]] = f"cannot be scored ({error})"
             return []
 
-    nothing = Scores(np.empty((0, len(predictor.names))), np.empty(0, dtype=bool))
-    found = [nothing, *score(range(len(texts)))]
+    found = [predictor.score_alone([]), *score(range(len(texts)))]
     return Scores(*(np.concatenate(columns) for columns in zip(*found, strict=True))), failed
 
 
@@ -356,8 +242,10 @@ def score_tables(
     if SUMMARY in names:
         announce(f"{job.output}: is finished; nothing is left to do.")
         return dict(json.loads(place.read(SUMMARY)))
-    tables = [Table(*one) for one in plan["tables"]] if plan else look_at(job, found, each)
+    tables = [Table(*one) for one in plan.get("tables", ())]
     if not plan:
+        job.load()  # what is amiss with the classifier is told before anything is written
+        tables = look_at(job, found, each)
         place.write(PLAN, json.dumps({"key": key, "tables": tables}).encode())
     parts = parts_of(tables)
     left = [part for part in parts if f"{part.name}.parquet" not in names]

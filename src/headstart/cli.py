@@ -391,7 +391,9 @@ def serve(
         if cluster is None:
             server.serve(folder, config, device, precision, note)
         else:
-            cluster.serve(str(Path(folder).absolute()), config, device, precision, note)
+            from headstart.serve import replicas
+
+            replicas.serve(cluster, str(Path(folder).absolute()), config, device, precision, note)
 
 
 @app.command()

@@ -161,16 +161,24 @@ class Shelf:
     def exchange(self) -> None:
         """Fetch what others have put into HEADSTART_SHARED_STORE, and put ours there; nothing, where that is not set.
 
-        It is a folder or an address that fsspec knows. Segments never change and no two have one name.
+        It is a folder or an address that fsspec knows. Segments never change and no two have one name. What goes wrong
+        there is a warning.
         """
-        if url := os.environ.get("HEADSTART_SHARED_STORE"):
-            place = Place(f"{url}/{self.folder.name}")
-            here, there = {path.name for path in self.folder.glob("*.safetensors")}, set(place.names())
+        if not (url := os.environ.get("HEADSTART_SHARED_STORE")):
+            return
+        place = Place(f"{url}/{self.folder.name}")
+        try:
+            here = {path.name for path in self.folder.glob("*.safetensors")}
+            there = {name for name in place.names() if name.endswith(".safetensors")}
             for name in there - here:
-                with disk_errors(self.folder), whole_file(self.folder / name) as part:
-                    part.write_bytes(place.read(name))
+                content = place.read(name)
+                with whole_file(self.folder / name) as part:
+                    part.write_bytes(content)
             for name in here - there:
-                place.write(name, (self.folder / name).read_bytes())
+                with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile
+                    place.write(name, (self.folder / name).read_bytes())
+        except Exception as error:  # of a store's library, which may be any
+            self.warnings.append(f"HEADSTART_SHARED_STORE: not all was exchanged with it ({error}).")
 
 
 def evict(store: Path) -> None:

@@ -5,6 +5,7 @@ Files are written whole or not at all.
 
 import contextlib
 import functools
+import os
 import platform
 import tempfile
 import threading
@@ -14,10 +15,11 @@ from typing import Any
 
 import fsspec
 
-from headstart.errors import DataError, InputError, disk_errors
+from headstart.errors import DataError, InputError, disk_errno, disk_errors
 from headstart.folders import whole_file
 from headstart.tables import ENDING, file_format, is_remote, resolve_path
 
+STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}  # a file is there whole, or not yet
 STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")  # as file systems name it
 
 
@@ -27,6 +29,8 @@ class Place:
     def __init__(self, url: str) -> None:
         self.fs, self.path = reach(url)
         self.url = url
+        if is_remote(url) and url.partition("://")[0] not in STORES:
+            raise InputError(f"{url}: files would be there half-written. Use a folder here, or an object store.")
 
     def write(self, name: str, content: bytes) -> None:
         """Put a file there; object stores have it whole or not at all by themselves."""
@@ -119,13 +123,17 @@ def _copy_of(source: str) -> Any:
 def near(source: str) -> Iterator[str]:
     """A path on this machine to what is at `source`, good within the block; an `InputError` if it is out of reach.
 
-    Of elsewhere it is a copy, of which the last two are kept.
+    So it is if the disk refuses within the block: that is no fault of what is there. Of elsewhere it is a copy, of
+    which the last two are kept.
     """
     try:
         with LOCK:
             file = _copy_of(source) if is_remote(source) else None
         path = source if file is None else str(file.name)
         open(path, "rb").close()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read on {platform.node()} ({error.strerror or error}).") from error
-    yield path
+        yield path
+    except (OSError, DataError) as error:
+        refused = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(refused, Exception) or (number := disk_errno(refused)) is None:
+            raise
+        raise InputError(f"{source}: cannot be read on {platform.node()} ({os.strerror(number)}).") from error

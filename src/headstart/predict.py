@@ -76,6 +76,15 @@ def token_logits(
     return logits
 
 
+def text_logits(
+    classifier: Classifier, texts: Sequence[str], apply: Callable[..., Iterable[Any]] = map
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(n, labels) logits of texts, as `token_logits`, and (n,) whether a text lost its end to max_length."""
+    whole, limit, long = classifier.tokenizer(texts), classifier.max_length, classifier.long
+    read = classifier.tokenizer.pieces(whole, limit, long)
+    return read.mean(token_logits(classifier, read.tokens, apply=apply)), (whole.lengths > limit) & (long != "windows")
+
+
 class Scores(NamedTuple):
     """What was said of n texts: (n, labels) probabilities, and (n,) whether a text lost its end to max_length."""
 
@@ -111,11 +120,15 @@ class Predictor:
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         answers = {key: answer for key in keys if (answer := self.remembered.get(key))}
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
-        pending = list(fresh.items())
+
+        def score(some: Sequence[bytes]) -> dict[bytes, tuple[NDArray[np.float64], bool]]:
+            return dict(zip(some, zip(*self.score_alone([fresh[key] for key in some]), strict=True), strict=True))
+
+        pending = list(fresh)
         size = min(CHUNK_ROWS, max(SMALLEST_CHUNK, -(-len(pending) // self.classifier.workers)))
         chunks = (pending[start : start + size] for start in range(0, len(pending), size))
         with bar(progress, len(fresh), "texts") as advance:
-            for found in self.classifier.side_by_side(self._score, chunks):
+            for found in self.classifier.side_by_side(score, chunks):
                 answers |= found
                 advance(len(found), "")
         if len(self.remembered) + len(fresh) > MOST_REMEMBERED:
@@ -128,20 +141,10 @@ class Predictor:
         """The same on this thread, with nothing remembered: what comes out is a function of these texts only."""
         if not texts:
             return Scores(np.empty((0, len(self.names))), np.empty(0, dtype=bool))
-        answers = self._score([(text.encode("utf-8", "surrogatepass"), text) for text in dict.fromkeys(texts)])
-        found = [answers[text.encode("utf-8", "surrogatepass")] for text in texts]
-        probabilities = np.array([one for one, _ in found]).reshape(len(texts), len(self.names))
-        return Scores(probabilities, np.array([cut for _, cut in found], dtype=bool))
-
-    def _score(self, fresh: Sequence[tuple[bytes, str]]) -> dict[bytes, tuple[NDArray[np.float64], bool]]:
-        """What to remember of texts, by key, computed on one thread."""
-        classifier, tokenizer = self.classifier, self.classifier.tokenizer
-        whole = tokenizer([text for _, text in fresh])
-        read = tokenizer.pieces(whole, classifier.max_length, classifier.long)
-        cut = (whole.lengths > classifier.max_length) & (classifier.long != "windows")
-        probabilities = probabilities_of(read.mean(token_logits(classifier, read.tokens)), classifier.problem)
-        answers = zip(probabilities, cut.tolist(), strict=True)
-        return {key: answer for (key, _), answer in zip(fresh, answers, strict=True)}
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        logits, cut = text_logits(self.classifier, list(places))
+        index = [places[text] for text in texts]
+        return Scores(probabilities_of(logits, self.classifier.problem)[index], cut[index])
 
 
 def load(
@@ -164,7 +167,7 @@ def load(
 
 def load_classifier(run: str | Path, device: Device, precision: Precision, texts: float) -> Classifier:
     """A run folder's classifier, by onnxruntime where it was exported and nothing else is asked for, else by torch."""
-    if device in ("auto", "cpu") and precision == "auto" and is_exported(run):
+    if is_by_onnx(run, device, precision):
         return load_exported(run)
     if precision == "auto" and texts <= EXACT_ROWS:
         precision = "fp32"
@@ -172,6 +175,11 @@ def load_classifier(run: str | Path, device: Device, precision: Precision, texts
     from headstart.model import load_run
 
     return load_run(run, choose_placement(device, precision))
+
+
+def is_by_onnx(run: str | Path, device: Device, precision: Precision) -> bool:
+    """Whether a run is computed by onnxruntime: it was exported, and nothing is asked for that only torch does."""
+    return device in ("auto", "cpu") and precision == "auto" and is_exported(run)
 
 
 def answered_in_test(run: Path, min_confidence: float) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ from headstart.encoder import Encoder, Placement, stored_layout
 from headstart.engine import PooledScorer
 from headstart.features import Features, Keys, frozen_features, text_keys
 from headstart.model import TorchClassifier, head_inputs, load_run
-from headstart.predict import token_logits
+from headstart.predict import text_logits
 from headstart.tokens import Tokenizer, Tokens, ragged
 
 MOST_ENCODERS = 2  # that stay loaded
@@ -113,10 +113,7 @@ class WholeScorer:
 
     def __call__(self, texts: Sequence[str]) -> Logits:
         """(n, labels) logits."""
-        tokenizer, limit = self.classifier.tokenizer, self.classifier.max_length
-        read = tokenizer.pieces(tokenizer(texts), limit, self.classifier.long)
-        logits = token_logits(self.classifier, read.tokens, apply=self.classifier.side_by_side)
-        return np.asarray(read.mean(logits), np.float64)
+        return np.asarray(text_logits(self.classifier, texts, self.classifier.side_by_side)[0], np.float64)
 
 
 def scorer_of(folder: Path, info: dict[str, Any], placement: Placement) -> FrozenScorer | WholeScorer:

@@ -1,4 +1,4 @@
-"""Many machines, by Ray: scoring, encoding, fine-tuning and serving there. Only this room knows Ray.
+"""Many machines, by Ray: scoring, encoding and fine-tuning there. Only this room, and that of replicas, knows Ray.
 
 Work goes out in pieces whose results depend on the piece alone: where it is done, and how often, changes nothing.
 """
@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import secrets
 import signal
@@ -15,24 +14,29 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
+import psutil
+import torch
 from numpy.typing import NDArray
+from torch import distributed
 
-from headstart import predict
-from headstart.bulk import MOST_ATTEMPTS, Job, Part, Scorer, Slice, Table
+from headstart.bulk import MOST_ATTEMPTS, Job, Scorer
 from headstart.checkpoints import Checkpoints
-from headstart.config import Device, Precision, ServeConfig
+from headstart.config import Device, Precision
 from headstart.encoder import Batch, Encoder, choose_placement, encode_batch
-from headstart.errors import HeadstartError, InputError, ModelError, StoppedEarlyError, TerminatedError, count_of
+from headstart.errors import HeadstartError, InputError, ModelError, TerminatedError
 from headstart.features import cache_folder
 from headstart.model import Depth
 from headstart.parallel import cores
+from headstart.parts import Part, Slice, Table
 from headstart.peers import seat
+from headstart.predict import is_by_onnx
 from headstart.thaw import FineTuning, OnEpoch, Thawed
 from headstart.tokens import Tokens, like_length_batches
 from headstart.train import Epoch
@@ -44,9 +48,10 @@ ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 TASK_BATCHES = 16  # batches of 2,048 tokens encoded by one task: a second or more, and some megabytes of features
 CONNECT = 5  # seconds to wait for a cluster
 MOST_RESTARTS = 20  # so often workers may die until fine-tuning gives up
+AHEAD = 4  # tasks handed out for each worker, so that none waits for the one whose turn it is
 RAY_FILES, TOLD = "ray", "told.txt"  # in a run folder while it is fine-tuned
 # What workers need of the environment. No keys: Ray writes these into its logs.
-PASSED_ON = ("HEADSTART_CACHE_MAX_BYTES", "HEADSTART_SHARED_STORE", "HF_HOME", "HF_HUB_OFFLINE")
+PASSED_ON = ("HEADSTART_CACHE_MAX_BYTES", "HF_HOME", "HF_HUB_OFFLINE")
 Json = dict[str, Any]
 
 
@@ -82,7 +87,7 @@ def connected(address: str, workers: int | None) -> Iterator["Cluster"]:
         gpus = int(has.get("GPU", 0))
         with contextlib.redirect_stdout(sys.stderr):  # where Ray brings what workers and machines say
             here = all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes())
-            yield Cluster(workers or gpus or max(1, int(has.get("CPU", 1))), gpus, here)
+            yield Cluster(workers, gpus, max(1, int(has.get("CPU", 1))), here)
     finally:
         ray.shutdown()
 
@@ -99,23 +104,32 @@ def check_reachable(address: str) -> None:
 
 
 class Cluster(NamedTuple):
-    """What does the work: so many workers at once, on GPUs if there are any; a worker has a GPU, or else a core."""
+    """What does the work: `asked` workers at once, or as many as there are GPUs, or else cores."""
 
-    workers: int
+    asked: int | None
     gpus: int
+    cores: int
     on_loopback: bool  # all its machines are this one
 
+    def room(self, device: Device) -> tuple[int, Json]:
+        """How many workers compute on such a device at once, and what each takes: a GPU, or else a core."""
+        on_gpus = self.gpus > 0 and device != "cpu"
+        return self.asked or (self.gpus if on_gpus else self.cores), {"num_gpus" if on_gpus else "num_cpus": 1}
+
     def each(self, function: Callable[[Any], Any], items: Iterable[Any], device: Device = "cpu") -> Iterator[Any]:
-        """`function` of each item, as they are done; what is lost with a machine is begun again elsewhere."""
+        """`function` of each item, in order; what is lost with a machine is begun again elsewhere."""
         import ray
 
-        share = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+        workers, share = self.room(device)
         task = ray.remote(**share, max_retries=MOST_ATTEMPTS)(_call)
-        left, waiting, known = iter(items), list[Any](), ray.put(function)
-        while waiting := waiting + [task.remote(known, item) for item in islice(left, 2 * self.workers - len(waiting))]:
-            done, waiting = ray.wait(waiting)
+        left, waiting, known = iter(items), deque[Any](), ray.put(function)
+        while True:
+            waiting.extend(task.remote(known, item) for item in islice(left, AHEAD * workers - len(waiting)))
+            if not waiting:
+                return
             with own_errors():
-                yield from map(ray.get, done)
+                found = ray.get(waiting.popleft())
+            yield found
 
     def score(self, job: Job, parts: Sequence[Part]) -> Iterator[Json]:
         """As `bulk.in_process`, by actors that each hold a classifier; as parts are done, in any order.
@@ -128,8 +142,8 @@ class Cluster(NamedTuple):
         data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         items = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
-        share = {"num_gpus": 1} if self.gpus and job.device != "cpu" else {"num_cpus": 1}
-        pool = data.ActorPoolStrategy(min_size=1, max_size=self.workers)
+        workers, share = self.room("cpu" if is_by_onnx(job.run, job.device, job.precision) else job.device)
+        pool = data.ActorPoolStrategy(min_size=1, max_size=workers)
         done = items.map_batches(Actor, fn_constructor_args=(job,), batch_size=1, compute=pool, **share)
         with own_errors():
             yield from (json.loads(one["done"]) for one in done.iter_rows())
@@ -153,36 +167,45 @@ class Cluster(NamedTuple):
         a worker dies, all begin anew from the newest checkpoint; when one raises an error of ours, all end.
         """
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+        from ray.train.backend import Backend
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        class GiveUp(UserCallback):  # type: ignore[misc]  # of Ray's classes mypy knows nothing here
+        class NoGroup(TorchConfig):  # workers make it: see `_join`
+            backend_cls = Backend
+
+        class GiveUp(UserCallback):
             def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
                 found = next(filter(None, map(ours, worker_exceptions.values())), None)
                 if found is not None and not isinstance(found, TerminatedError):  # as of a node that is taken away
                     raise found
 
         folder, on_gpus = checkpoints.folder.absolute(), task.encoder.placement.device.type == "cuda"
+        workers, _ = self.room("cuda" if on_gpus else "cpu")
+        each = threads_each(workers, shares_of_nodes("GPU" if on_gpus else "CPU"))
+        threads = 1 if on_gpus else each
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         given = {"depth": depth, "folder": str(folder), "minutes": checkpoints.minutes}
-        given["task"] = ray.put(ray.cloudpickle.dumps(task))
-        nodes = [int(node["Resources"].get("GPU" if on_gpus else "CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        threads = 1 if on_gpus else threads_each(self.workers, nodes)
+        given |= {"task": ray.put(ray.cloudpickle.dumps(task)), "backend": backend, "threads": threads}
         trainer = TorchTrainer(
             _fine_tune,
             train_loop_config=given,
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=self.workers, use_gpu=on_gpus, resources_per_worker={"CPU": threads}
-            ),
+            torch_config=NoGroup(backend),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpus, resources_per_worker={"CPU": threads}),
             run_config=RunConfig(
                 name=secrets.token_hex(4),  # Ray would go on with a run of the same name
                 storage_path=str(folder / RAY_FILES),
                 callbacks=[GiveUp()],
-                failure_config=FailureConfig(max_failures=MOST_RESTARTS),
+                failure_config=FailureConfig(max_failures=MOST_RESTARTS, controller_failure_limit=MOST_RESTARTS),
             ),
         )
-        with own_errors(), told(folder / RAY_FILES, checkpoints.announce):
-            trainer.fit()
+        try:
+            with own_errors(), told(folder / RAY_FILES, checkpoints.announce), interruptible():
+                trainer.fit()
+        except TrainingFailedError as error:
+            why = next((line for line in reversed(str(error).splitlines()) if line.strip()), "it is not known why")
+            hint = "With --resume it goes on from the newest checkpoint, with as many --workers as there is room for."
+            raise InputError(f"{folder}: workers died or could not be started too often ({why}). {hint}") from error
         at_end = Checkpoints(folder, checkpoints.minutes)
         if at_end.newest() is None:
             raise InputError(f"{folder}: workers left no checkpoint here: --out has to be on a disk that all share.")
@@ -191,62 +214,12 @@ class Cluster(NamedTuple):
             on_epoch(number, epoch)
         return found
 
-    def serve(
-        self, run: str, config: ServeConfig, device: Device, precision: Precision, announce: Callable[[str], None]
-    ) -> None:
-        """Serve a run folder by replicas of the same app behind Ray Serve's proxy, until Ctrl-C or SIGTERM.
-
-        A `RunError` if it cannot be loaded, an `InputError` if the key cannot be used.
-        """
-        from ray import serve as ray_serve
-        from ray.serve.config import HTTPOptions, ProxyLocation
-
-        from headstart.serve.guard import key_of
-        from headstart.serve.server import bind, url_of, warn_of_strangers
-
-        key, on_loopback = key_of(config), self.on_loopback
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        # What is amiss is told here, and not by replicas.
-        predict.load(run, device=device, precision=precision, min_confidence=config.min_confidence)
-        with contextlib.closing(bind(config.host, config.port)) as bound:
-            host, port = bound.getsockname()[:2]
-        warn_of_strangers(host, key, announce)
-
-        def build() -> Any:  # in each replica
-            if on_loopback:
-                _listen_on_loopback()
-            from headstart.serve.app import Service, make_app
-
-            classifier = predict.load(run, device=device, precision=precision, texts=math.inf).classifier
-            return make_app(Service(Path(run), classifier, config, key))
-
-        options = {"num_gpus": 1} if self.gpus and device != "cpu" else {"num_cpus": 1}
-        deployment = ray_serve.deployment(
-            ray_serve.ingress(build)(),
-            num_replicas=self.workers,
-            ray_actor_options=options,
-            max_ongoing_requests=config.max_connections,  # so that it is the replica's own queue that refuses
-            max_queued_requests=config.max_waiting,
-        )
-        ray_serve.start(http_options=HTTPOptions(host=host, port=port), proxy_location=ProxyLocation.HeadOnly)
-        ray_serve.run(deployment.bind(), name="headstart")
-        announce(f"Serving   {url_of(host, port)} by {count_of(self.workers, 'replica')}")
-        ended = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: ended.set())
-        try:
-            ended.wait()
-        except KeyboardInterrupt:
-            raise StoppedEarlyError("Ctrl-C: the replicas have stopped; what they had accepted was answered.") from None
-        finally:
-            ray_serve.delete("headstart")
-            if not ray_serve.status().applications:  # else they go on
-                ray_serve.shutdown()
-
 
 class Actor:
     """What scores parts, one after the other, in Ray Data."""
 
     def __init__(self, job: Job) -> None:
+        torch.set_num_threads(1)  # whatever the node's environment says
         self.scorer = Scorer(job)
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -282,8 +255,27 @@ def threads_each(workers: int, cores: Sequence[int]) -> int:
     """The most cores that each of so many workers can have, by those of each node; an `InputError` if they lack."""
     fitting = [count for count in range(1, max(cores, default=0) + 1) if sum(one // count for one in cores) >= workers]
     if not fitting:
-        raise InputError(f"--workers {workers}: the cluster has {count_of(sum(cores), 'core')}; give fewer.")
+        raise InputError(f"--workers {workers}: the cluster has room for {sum(cores)}; give fewer.")
     return fitting[-1]
+
+
+def shares_of_nodes(kind: Literal["CPU", "GPU"]) -> list[int]:
+    """How many of them each living node has."""
+    import ray
+
+    return [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C within the block is a KeyboardInterrupt: Ray Train takes it for itself, exits, and keeps it."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
@@ -292,6 +284,7 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(source: str, device: Device, precision: Precision, fingerprint: str) -> Encoder:
+    torch.set_num_threads(1)  # whatever the node's environment says
     found = Encoder(source, choose_placement(device, precision))
     if found.fingerprint != fingerprint:
         raise ModelError(f"{source}: a worker has another model of this name, or another version of torch.")
@@ -317,6 +310,8 @@ def _fine_tune(given: Json) -> None:
     """What each worker does of fine-tuning."""
     import ray
 
+    torch.set_num_threads(given["threads"])  # which decide how batches are cut
+    _join(given["backend"])
     folder, rank = Path(given["folder"]), seat().rank
 
     def announce(said: str) -> None:
@@ -332,22 +327,32 @@ def _fine_tune(given: Json) -> None:
     task.train(given["depth"], Checkpoints(folder, given["minutes"], announce), on_epoch=on_epoch)
 
 
-def _listen_on_loopback() -> None:
-    """Ray Serve lets each replica listen on all interfaces, for calls from other deployments, of which there are none.
+def _join(backend: str) -> None:
+    """Make torch's group of all workers, who meet at the node's own address; torch by itself listens on all."""
+    from ray import train, util
+    from ray.train.collective import broadcast_from_rank_zero
 
-    It has no setting for that (2.60); if the name below goes, replicas fail to start rather than be open to all.
-    """
-    from ray.serve._private import replica
-
-    add_port = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
+    here, host = train.get_context(), util.get_node_ip_address()
+    rank, size = here.get_world_rank(), here.get_world_size()
+    if rank == 0:
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port = listener.getsockname()[1]
+        broadcast_from_rank_zero((host, port))
+        own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        store = distributed.TCPStore(host, port, size, **own)
+    else:
+        store = distributed.TCPStore(*broadcast_from_rank_zero(None), size)
+    for name, addresses in psutil.net_if_addrs().items():
+        if host in {one.address for one in addresses}:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 @contextlib.contextmanager
 def told(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
     """Announce what a worker says in a file of `folder`, while the block runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TOLD).touch()
+    (folder / TOLD).write_text("", encoding="utf-8")  # a run that was killed has left its words
     ended = threading.Event()
 
     def listen(file: TextIO) -> None:
