@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from headstart.config import FEATURE_BYTES_PER_TEXT
-from headstart.encoder import MINILM_PACKAGE, Encoder, choose_placement, encode, length_limit, locate, stored_layout
+from headstart.encoder import MINILM_PACKAGE, Encoder, choose_placement, encode, locate, stored_layout
 from headstart.errors import ModelError
+from headstart.runs import position_limit
 from tests.conftest import FAMILIES
 
 CPU = choose_placement("cpu", "fp32")
@@ -170,8 +171,8 @@ def test_the_most_tokens_are_taken_and_no_more(family: str, tiny_models: Callabl
 def test_roberta_loses_two_positions() -> None:
     from transformers import BertConfig, RobertaConfig
 
-    assert length_limit(RobertaConfig(max_position_embeddings=514)) == 512
-    assert length_limit(BertConfig()) == 512
+    assert position_limit(RobertaConfig(max_position_embeddings=514).to_dict()) == 512
+    assert position_limit(BertConfig().to_dict()) == 512
 
 
 @pytest.mark.parametrize(

@@ -79,14 +79,10 @@ class Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-class NoTextError(InputError):
-    """A table has no column to score, so that the job cannot begin."""
-
-
 def measure(job: Job, found: tuple[str, str]) -> Table:
     """Look at a table, by its name and version: its rows are counted, its text is found, bad rows are set aside.
 
-    A `NoTextError` if it has no text column. What cannot be read is no reason to stop.
+    An `InputError` if it has no text column. What cannot be read is no reason to stop.
     """
     table = Table(*found, read=found[0])
     try:
@@ -135,9 +131,9 @@ def _measured(job: Job, table: Table) -> Table:
         wanted = trained_on if job.text is None and trained_on in schema else job.text
         text = find_column(table.source, schema.names(), wanted, "text")
     except DataError as error:
-        raise NoTextError(str(error)) from error
+        raise InputError(str(error)) from error  # of the job, and not of one table
     if schema[text].is_nested():
-        raise NoTextError(f"{table.source}: the column {text!r} holds lists or records; give one value a row.")
+        raise InputError(f"{table.source}: the column {text!r} holds lists or records; give one value a row.")
     shape = hashlib.sha256(json.dumps([[name, str(kind)] for name, kind in schema.items()]).encode()).hexdigest()
     return table._replace(rows=rows, text=text, shape=shape)
 

@@ -248,15 +248,9 @@ def audit(
     precision: PrecisionOption = "auto",
 ) -> None:
     """What is wrong with DATA before training: its rows' problems, and labels that a classifier contradicts."""
-    given: dict[str, Any] = {
-        "model": model,
-        "validation": validation,
-        "test": test,
-        "text": text,
-        "label": label,
-        "seed": seed,
-    }
-    chosen = settings(data, thaw="0", device=device, precision=precision, **given)
+    given = dict(locals())  # each parameter is a setting, but for this
+    del given["out"]
+    chosen = settings(**given, thaw="0")
     from headstart import audit, prepare, report
 
     path = Path(out or f"{prepare.default_name(data)}-audit.csv")

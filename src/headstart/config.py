@@ -226,7 +226,10 @@ def understood(name: str, given: Any) -> Any:
     numpy's numbers, and what `SPOKEN` has.
     """
     if name not in FIELDS:
-        near = [one for one, other in HUGGING_FACE.items() if other == name] or _nearest(name)
+        import difflib
+
+        alike = difflib.get_close_matches(name, FIELDS, n=1)
+        near = [one for one, other in HUGGING_FACE.items() if other == name] or alike
         hint = f"Did you mean {near[0]!r}?" if near else f"The settings are: {', '.join(sorted(FIELDS))}."
         raise InputError(f"There is no setting {name!r}. {hint}")
     value = given.item() if getattr(given, "shape", None) == () else given
@@ -240,17 +243,13 @@ def understood(name: str, given: Any) -> Any:
     elif name == "thaw" and type(value) is int:
         value = str(value)
     elif name == "time_budget" and isinstance(value, str):
-        value = seconds_in(value)
+        if not (found := re.fullmatch(DURATION, value)):
+            raise InputError(f"--time-budget takes seconds, or a number with s, m or h, not {value!r}.")
+        value = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
     elif name == "max_length" and value == "auto":
         value = None
     check(name, value)
     return value
-
-
-def _nearest(name: str) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, FIELDS, n=1)
 
 
 def settings(data: str, recipe: Recipe = "headstart", **given: Any) -> TrainConfig:
@@ -263,14 +262,6 @@ def settings(data: str, recipe: Recipe = "headstart", **given: Any) -> TrainConf
     if chosen.get("folds") or chosen.get("head") == "pooled":
         chosen.setdefault("thaw", "0")  # only the architecture's own head is fine-tuned, and once
     return TrainConfig(**{**RECIPES[recipe], **chosen})
-
-
-def seconds_in(duration: str) -> float:
-    """`90s`, `10m`, `1h` or `90` in seconds; an `InputError` if it is none of these."""
-    found = re.fullmatch(DURATION, duration)
-    if not found:
-        raise InputError(f"--time-budget takes seconds, or a number with s, m or h, not {duration!r}.")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 PLACES = ("data", "out", "overwrite", "resume", "dry_run")  # settings of one call, not of what it makes

@@ -129,7 +129,7 @@ class Encoder:
         self.config = load_config(self.folder)
         self.shape = config_dict(self.config)
         self.layers, self.hidden = int(self.config.num_hidden_layers), int(self.config.hidden_size)
-        self.max_length = length_limit(self.config)
+        self.max_length = position_limit(self.config.to_dict())
         # The base model's tensors, in fp32 on the CPU, by transformers' names; and our pass, if it knows their shape.
         self.weights, self.engine = load_weights(self.folder, self.shape, placement)
         self.has_pooler = any(name.startswith("pooler.") for name in self.weights)  # which was trained
@@ -143,11 +143,6 @@ class Encoder:
     def model(self) -> Any:
         """The transformers base model, frozen and in eval mode; loaded when first asked for, which takes seconds."""
         return load_body(self.folder, self.placement)[0]
-
-
-def length_limit(config: Any) -> int:
-    """The most tokens a model takes, from its configuration."""
-    return position_limit(config.to_dict())
 
 
 def load_weights(folder: Path, shape: dict[str, Any], placement: Placement) -> tuple[Params, Engine | None]:

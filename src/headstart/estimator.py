@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from headstart import data, judge, metrics, prepare, report, run
 from headstart.checkpoints import check_out
-from headstart.config import TrainConfig, check, settings
+from headstart.config import FIELDS, TrainConfig, check, settings
 from headstart.data import Dataset, Splits
 from headstart.encoder import choose_placement
 from headstart.errors import ArgumentError, DataError
@@ -35,11 +35,6 @@ from headstart.trials import TrainedHead
 
 IN_MEMORY = "(in memory)"  # where the texts come from, in headstart.json
 Json = dict[str, Any]
-SHARED = (  # parameters that are settings, by the same name and with the same default
-    *("model", "thaw", "time_budget", "head", "head_features", "head_width", "head_dropout", "trials", "epochs"),
-    *("max_steps", "patience", "batch_size", "lr", "weight_decay", "clip_norm", "max_length", "long", "calibration"),
-    *("device", "precision"),
-)
 
 
 def held_out(dataset: Dataset, share: float, seed: int) -> Splits:
@@ -171,10 +166,11 @@ class TextClassifier(ClassifierMixin, TextInput):
         seed = TrainConfig.seed if self.random_state is None else self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(2**31)
-        given = {name: getattr(self, name) for name in SHARED}
+        given = {name: one for name, one in self.get_params(deep=False).items() if name in FIELDS}
+        given["class_weight"] = class_weight
         if self.head == "pooled" and self.thaw == TrainConfig.thaw:
             given["thaw"] = None  # not given, so that the head decides it
-        config = settings(IN_MEMORY, seed=int(seed), class_weight=class_weight, **given)
+        config = settings(IN_MEMORY, seed=int(seed), **given)
         config = dataclasses.replace(config, patience=self.patience)  # None: never
         splits = held_out(dataset, self.validation_fraction, config.seed)
         if splits.validation is dataset:

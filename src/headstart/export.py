@@ -6,12 +6,11 @@ This room knows torch's exporter and onnxruntime's quantiser. It is a face: the 
 import contextlib
 import json
 import logging
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -21,11 +20,12 @@ from headstart.encoder import choose_placement
 from headstart.errors import ExportError, InputError, RunError
 from headstart.folders import new_folder
 from headstart.judge import labelled
-from headstart.model import load_library, load_run
+from headstart.model import LibraryScorer, load_library, load_run
 from headstart.onnx import FOLDER, RECORD, load_onnx, load_runtime
 from headstart.predict import Predictor
 from headstart.runs import Classifier
 from headstart.tables import from_spreadsheets
+from headstart.thaw import timed
 
 OPSET = 22  # of 23, whose attention is one node, onnxruntime runs the rotary embeddings wrongly (ModernBERT)
 NAMES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}  # as Optimum and transformers.js know them
@@ -79,19 +79,13 @@ def export(run: Path, precision: Precision, gate: Gate, test: str | None = None)
         if refused and gate == "refuses":
             raise ExportError(f"{run}: the {precision} export was refused: {refused}. --force keeps it all the same.")
         usual, some = load_run(run, choose_placement("cpu", "auto")), list(dict.fromkeys(texts))[:TIMED]
-        speedup = seconds(usual, some) / seconds(made, some)
+        speedup = timed(lambda: Predictor(usual).predict_proba(some)) / timed(
+            lambda: Predictor(made).predict_proba(some)
+        )
         agreement, size = float((said == says).mean()), path.stat().st_size
         found = Exported(path.name, precision, OPSET, size, len(texts), agreement, before, after, speedup, refused)
         (folder / RECORD).write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     return found
-
-
-def seconds(classifier: Classifier, texts: Sequence[str]) -> float:
-    """Wall seconds of scoring texts, the second time, when all is warm."""
-    for _ in range(2):
-        begun = time.perf_counter()
-        Predictor(classifier).predict_proba(texts)
-    return time.perf_counter() - begun
 
 
 def labelled_texts(run: Path, classifier: Classifier, test: str | None) -> tuple[list[str], list[str]]:
@@ -118,7 +112,7 @@ def write_onnx(run: Path, path: Path, precision: Precision, about: Classifier) -
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise InputError("export needs onnx. Install it with: pip install 'headstart[onnx]'") from error
-    model = LogitsOnly(load_library(run, choose_placement("cpu", "fp32")))
+    model = LibraryScorer(load_library(run, choose_placement("cpu", "fp32")))
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     free = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=2)}
     with quiet_exporter():
@@ -139,18 +133,6 @@ def write_onnx(run: Path, path: Path, precision: Precision, about: Classifier) -
         if precision == "int8":
             products = ["MatMul", "Gather"]  # a head's are Gemm
             quantize_dynamic(path, path, op_types_to_quantize=products, per_channel=True, weight_type=QuantType.QInt8)
-
-
-class LogitsOnly(torch.nn.Module):
-    """A transformers classifier that takes token ids and a mask and gives its logits."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(batch, labels) logits of (batch, length) ids and their 0/1 mask."""
-        return self.model(input_ids=ids, attention_mask=mask).logits
 
 
 @contextlib.contextmanager

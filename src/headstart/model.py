@@ -256,13 +256,14 @@ class TorchClassifier(Classifier):
         return side_by_side(function, items)
 
 
-class LibraryScorer:
+class LibraryScorer(nn.Module):
     """A transformers classifier with the faces of the engine's scorers."""
 
     def __init__(self, model: Any) -> None:
+        super().__init__()
         self.model, self.device = model, model.device
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(batch, labels) logits of token ids."""
         return self.model(input_ids=ids, attention_mask=mask).logits
 

@@ -112,15 +112,10 @@ def texts_of(piece: Slice, refused: str = "") -> tuple[pl.DataFrame, list[Json],
         raise RunError(f"{table.source}: has other rows than when the job began. Choose another --output.")
     if frame[table.text].dtype == pl.Binary:
         frame = frame.with_columns(pl.Series(table.text, map(_decoded, frame[table.text]), dtype=pl.String))
-    texts = frame[table.text].cast(pl.String)
-    empty = (texts.is_null() | (texts.str.strip_chars() == "")).to_list()
-    others = [
-        {**origin, "reason": "its text is empty", "record": frame.row(i, named=True)}
-        for i, (origin, lacks) in enumerate(zip(origins, empty, strict=True))
-        if lacks
-    ]
-    kept = [origin for origin, lacks in zip(origins, empty, strict=True) if not lacks]
-    return frame.filter(~pl.Series(empty, dtype=pl.Boolean)), kept, others
+    empty = frame[table.text].cast(pl.String).str.strip_chars().fill_null("") == ""
+    blank, kept = empty.arg_true(), (~empty).arg_true()
+    others = [{**origins[i], "reason": "its text is empty", "record": frame.row(i, named=True)} for i in blank]
+    return frame.filter(~empty), [origins[i] for i in kept], others
 
 
 def _decoded(content: bytes | None) -> str | None:

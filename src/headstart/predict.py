@@ -162,19 +162,14 @@ def load(
     """
     if min_confidence is not None and not 0 <= min_confidence <= 1:
         raise InputError(f"--min-confidence takes a number from 0 to 1, and {min_confidence} was given.")
-    return Predictor(load_classifier(run, device, precision, texts), min_confidence or 0.0)
-
-
-def load_classifier(run: str | Path, device: Device, precision: Precision, texts: float) -> Classifier:
-    """A run folder's classifier, by onnxruntime where it was exported and nothing else is asked for, else by torch."""
     if is_by_onnx(run, device, precision):
-        return load_exported(run)
-    if precision == "auto" and texts <= EXACT_ROWS:
-        precision = "fp32"
+        return Predictor(load_exported(run), min_confidence or 0.0)
     from headstart.encoder import choose_placement
     from headstart.model import load_run
 
-    return load_run(run, choose_placement(device, precision))
+    exact = precision == "auto" and texts <= EXACT_ROWS
+    classifier = load_run(run, choose_placement(device, "fp32" if exact else precision))
+    return Predictor(classifier, min_confidence or 0.0)
 
 
 def is_by_onnx(run: str | Path, device: Device, precision: Precision) -> bool:

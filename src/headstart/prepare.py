@@ -15,19 +15,11 @@ import numpy as np
 from headstart import data, tables
 from headstart.config import TrainConfig
 from headstart.data import Dataset, Indexes, Splits
-from headstart.encoder import (
-    Encode,
-    Encoder,
-    choose_placement,
-    encode,
-    length_limit,
-    load_config,
-    load_tokenizer,
-    locate,
-)
+from headstart.encoder import Encode, Encoder, choose_placement, encode, load_config, load_tokenizer, locate
 from headstart.errors import DataError, InputError
 from headstart.features import Features, frozen_features
 from headstart.model import check_depth
+from headstart.runs import position_limit
 from headstart.targets import Targets
 from headstart.tokens import LengthAdvice, Tokens, advise_length
 
@@ -167,7 +159,7 @@ def lengths(source: str, model: str, text: str | None = None) -> LengthAdvice:
     folder = locate(model)
     shape = load_config(folder)
     tokens = load_tokenizer(folder)[1](texts, progress="tokenizing")
-    return advise_length(tokens.lengths, limit=length_limit(shape), hidden=int(shape.hidden_size))
+    return advise_length(tokens.lengths, limit=position_limit(shape.to_dict()), hidden=int(shape.hidden_size))
 
 
 def default_name(source: str) -> str:

@@ -3,7 +3,7 @@
 This room knows encoders, features and heads, and how much memory they may take. It knows nothing of scikit-learn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headstart.encoder import Encoder, Placement, stored_layout
 from headstart.engine import PooledScorer
 from headstart.features import Features, Keys, frozen_features, text_keys
-from headstart.model import TorchClassifier, head_inputs, load_run
+from headstart.model import head_inputs, load_run
 from headstart.predict import text_logits
 from headstart.tokens import Tokenizer, Tokens, ragged
 
@@ -105,22 +105,11 @@ class FrozenScorer:
         return np.asarray(read.mean(logits.double().numpy()), np.float64)
 
 
-@dataclass(frozen=True)
-class WholeScorer:
-    """A classifier as a run folder holds it."""
-
-    classifier: TorchClassifier
-
-    def __call__(self, texts: Sequence[str]) -> Logits:
-        """(n, labels) logits."""
-        return np.asarray(text_logits(self.classifier, texts, self.classifier.side_by_side)[0], np.float64)
-
-
-def scorer_of(folder: Path, info: dict[str, Any], placement: Placement) -> FrozenScorer | WholeScorer:
+def scorer_of(folder: Path, info: dict[str, Any], placement: Placement) -> Callable[[Sequence[str]], Logits]:
     """What scores by a run folder; through stored features if it is a head on an encoder that is loaded here."""
     classifier = load_run(folder, placement)
     fingerprint, model = info.get("encoder_fingerprint"), classifier.model
     kept = next((one for one in _KEPT.values() if one.encoder.fingerprint == fingerprint), None)
     if kept is None or not isinstance(model, PooledScorer):
-        return WholeScorer(classifier)
+        return lambda texts: np.asarray(text_logits(classifier, texts, classifier.side_by_side)[0], np.float64)
     return FrozenScorer(kept, model.head.double(), tuple(model.features), classifier.max_length, classifier.long)

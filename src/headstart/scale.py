@@ -37,14 +37,12 @@ from headstart.parallel import cores
 from headstart.parts import Part, Slice, Table
 from headstart.peers import seat
 from headstart.predict import is_by_onnx
+from headstart.recent import kept_encoder
 from headstart.thaw import FineTuning, OnEpoch, Thawed
 from headstart.tokens import Tokens, like_length_batches
 from headstart.train import Epoch
 
 LOCAL = "local"
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing is reported to Ray's makers
-# For all that Ray knows there are no clusters on this system: each of its servers listens on loopback then.
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 TASK_BATCHES = 16  # batches of 2,048 tokens encoded by one task: a second or more, and some megabytes of features
 CONNECT = 5  # seconds to wait for a cluster
 MOST_RESTARTS = 20  # so often workers may die until fine-tuning gives up
@@ -61,11 +59,11 @@ def connected(address: str, workers: int | None) -> Iterator["Cluster"]:
 
     The latter listens on loopback only and asks for a token that nobody else has. An `InputError` if there is none.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
     given: Json = {"address": address}
     if address == LOCAL:
-        os.environ |= ALONE
+        # For all that Ray knows there are no clusters on this system: each of its servers listens on loopback then.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         given |= {"num_cpus": max(cores(), workers or 1), "include_dashboard": False}
@@ -121,7 +119,7 @@ class Cluster(NamedTuple):
         import ray
 
         workers, share = self.room(device)
-        task = ray.remote(**share, max_retries=MOST_ATTEMPTS)(_call)
+        task = ray.remote(**share, max_retries=MOST_ATTEMPTS)(lambda function, item: function(item))
         left, waiting, known = iter(items), deque[Any](), ray.put(function)
         while True:
             waiting.extend(task.remote(known, item) for item in islice(left, AHEAD * workers - len(waiting)))
@@ -278,19 +276,6 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _call(function: Callable[[Any], Any], item: Any) -> Any:
-    return function(item)
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder(source: str, device: Device, precision: Precision, fingerprint: str) -> Encoder:
-    torch.set_num_threads(1)  # whatever the node's environment says
-    found = Encoder(source, choose_placement(device, precision))
-    if found.fingerprint != fingerprint:
-        raise ModelError(f"{source}: a worker has another model of this name, or another version of torch.")
-    return found
-
-
 def _encode(
     source: str,
     device: Device,
@@ -301,7 +286,10 @@ def _encode(
 ) -> Batch:
     """Some whole batches: where their texts are among all, their tokens, and the sizes of the batches."""
     index, tokens, sizes = given
-    encoder = _encoder(source, device, precision, fingerprint)
+    torch.set_num_threads(1)  # whatever the node's environment says
+    encoder = kept_encoder(source, choose_placement(device, precision)).encoder
+    if encoder.fingerprint != fingerprint:
+        raise ModelError(f"{source}: a worker has another model of this name, or another version of torch.")
     places = np.split(np.arange(len(index)), np.cumsum(sizes)[:-1])
     return index, np.concatenate([encode_batch(encoder, tokens, layout, some)[1] for some in places])
 

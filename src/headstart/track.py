@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from headstart.checkpoints import is_unfinished
 from headstart.config import PLACES, TrainConfig
@@ -23,7 +22,7 @@ PROJECT = "headstart"  # under which trackers keep runs, unless their own variab
 COUNTING = ("trackio", "wandb")  # these count what they are told, through all stages, and so get the epoch as a value
 
 
-class Log:
+class Log(contextlib.ExitStack):
     """The trackers of a run that goes to the folder `out`; what they write is in `logs` beside it.
 
     It is closed by a `with` block. A tracker that fails is told nothing more, and `announce` is told so: what is being
@@ -31,19 +30,14 @@ class Log:
     """
 
     def __init__(self, config: TrainConfig, out: Path, announce: Callable[[str], None]) -> None:
+        super().__init__()
         for name in config.report_to:
             if not (importlib.util.find_spec("accelerate") and importlib.util.find_spec(name)):
                 command = f"pip install 'headstart[track]' {name}"
                 raise InputError(f"--report-to {name} needs accelerate and {name}. Install them with: {command}")
         self.config, self.announce, self.run, self.logs = config, announce, out.name, out.parent / "logs"
         self.resumed = config.resume and is_unfinished(out)
-        self.trackers, self.closing = dict[str, Any](), contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.closing.__exit__(kind, error, at)
+        self.trackers = dict[str, Any]()
 
     def start(self) -> None:
         """Tell the settings, as hyperparameters, and how to look to `announce`; an `InputError` where that fails."""
@@ -78,9 +72,9 @@ class Log:
         with contextlib.redirect_stdout(sys.stderr):  # results alone go to stdout
             tracker.start()
         if name == "mlflow":  # whose run notes by which error it ended
-            self.closing.push(lambda *ended: self._tell(name, tracker.tracker.__exit__, *ended))
+            self.push(lambda *ended: self._tell(name, tracker.tracker.__exit__, *ended))
         else:
-            self.closing.callback(self._tell, name, tracker.finish)
+            self.callback(self._tell, name, tracker.finish)
         return tracker.tracker.url if name == "wandb" else look
 
     def _mlflow(self) -> tuple[dict[str, Any], str]:
@@ -92,7 +86,7 @@ class Log:
         given: dict[str, Any] = {"run_name": self.run}
         if not mlflow.is_tracking_uri_set():
             mlflow.set_tracking_uri(f"sqlite:///{(self.logs / 'mlflow.db').as_posix()}")
-            self.closing.callback(mlflow.set_tracking_uri, None)
+            self.callback(mlflow.set_tracking_uri, None)
             given["logging_dir"] = (self.logs / "mlflow").absolute().as_uri()
         return given, f"mlflow ui --backend-store-uri {mlflow.get_tracking_uri()}"
 
