@@ -1,5 +1,6 @@
 """Shared by all tests: a cache of their own, tiny random encoders built offline, and a table that can be learnt."""
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -10,7 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+from tests.nodes import HEADSTART, Begin, Nodes, running
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 # Read once, when torch is imported. On tensors this small threads only wait for each other: on a busy machine of two
@@ -323,3 +327,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with running(3) as found:
+        yield found
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Begins commands, on nodes or, without any, on a cluster of their own; those left at the end are killed."""
+    begun = list[subprocess.Popen[str]]()
+
+    def start(*arguments: str, nodes: Nodes | None = None, **more: str) -> subprocess.Popen[str]:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        where, environment = ([nodes.address], nodes.environment) if nodes else (["--workers", "2"], own)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [*HEADSTART, *arguments, "--ray", *where]
+        begun.append(subprocess.Popen(command, env={**environment, **more}, **pipes))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.communicate(timeout=60)

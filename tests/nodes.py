@@ -9,11 +9,17 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
+
+HEADSTART = [sys.executable, "-m", "headstart.cli"]
+Begin = Callable[..., subprocess.Popen[str]]
 
 
 class Nodes(NamedTuple):
@@ -46,6 +52,25 @@ def running(count: int) -> Iterator[Nodes]:
             assert process.stdin is not None
             process.stdin.close()
             process.wait(timeout=60)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 300) -> tuple[str, str]:
+    """What a process said on stdout and stderr, once it has ended as it should."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == code, err
+    return out, err
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def listening(processes: Iterable[psutil.Process]) -> list[str]:
+    """Addresses where processes listen."""
+    found = [one.laddr.ip for process in processes for one in process.net_connections() if one.status == "LISTEN"]
+    return [ip.removeprefix("::ffff:") for ip in found]
 
 
 def main(count: int) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from headstart import bulk, predict
-from headstart.bulk import PART_ROWS, Job, Table, parts_of, score_each, score_tables
+from headstart import bulk, parts, predict
+from headstart.bulk import Job, score_each, score_tables
 from headstart.cli import main
 from headstart.errors import DataError, InputError, RunError
+from headstart.parts import parts_of
 from headstart.predict import Predictor
 from tests.conftest import SMALL_ROWS
 
@@ -158,7 +157,7 @@ def test_a_table_without_a_text_column_stops_all_before_it_begins(tiny_run: Path
 def test_what_is_done_stays_and_the_rest_is_done(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: Path
 ) -> None:
-    monkeypatch.setattr(bulk, "PART_ROWS", 32)
+    monkeypatch.setattr(parts, "PART_ROWS", 32)
     out = tmp_path / "out"
     label(tiny_run, many, out)
     before = answers(out)
@@ -229,6 +228,22 @@ def test_a_table_that_is_gone_when_it_is_to_be_read_stops_the_job(tiny_run: Path
     assert not list((tmp_path / "out" / "_begun").glob("*/*"))
 
 
+def test_a_table_that_changes_under_way_stops_the_job(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    job = Job(str(tiny_run), str(tmp_path / "out"), precision="fp32", device="cpu")
+    (part,) = parts_of([bulk.measure(job, (str(many / "a.parquet"), "1"))])
+    pl.read_parquet(many / "b.parquet").write_parquet(many / "a.parquet")
+    with pytest.raises(RunError, match=r"a\.parquet: has other rows than when the job began"):
+        bulk.Scorer(job)(part)
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_what_is_wrong_with_the_classifier_is_told_before_anything_is_written(tiny_run: Path, many: Path) -> None:
+    for run, more in ((tiny_run / "nothing", {}), (tiny_run, {"min_confidence": 7.0})):
+        with pytest.raises(InputError, match=r"no such run folder|a number from 0 to 1"):
+            label(run, many, many / "out", **more)
+        assert not (many / "out").exists()
+
+
 class Odd(Predictor):
     """A predictor that some texts break."""
 
@@ -257,45 +272,10 @@ def test_a_part_that_nobody_survives_is_set_aside(tiny_run: Path, many: Path, tm
         assert scorer(part)["rows"] == 90
         assert answers(tmp_path / "out").height == 90, i
         (tmp_path / "out" / "part-00000.parquet").unlink()  # as if whoever scored it had died
+    (many / "a.parquet").unlink()  # to read it may be what they died of
     scorer(part)
     assert answers(tmp_path / "out").height == 0
     assert [one["reason"] for one in set_aside(tmp_path / "out")] == ["its part never ended"] * 90
-
-
-@given(rows=st.lists(st.tuples(st.integers(0, 3 * PART_ROWS), st.sampled_from(["x", "y"])), max_size=12))
-def test_parts_hold_each_row_once_in_order_and_no_mixed_columns(rows: list[tuple[int, str]]) -> None:
-    tables = [Table(str(i), "", "", count, "text", shape) for i, (count, shape) in enumerate(rows)]
-    parts = parts_of(tables)
-    assert all(0 < part.rows <= PART_ROWS for part in parts)
-    assert all(len({one.table.shape for one in part.slices}) == 1 for part in parts)
-    found = [(int(one.table.source), one.start, one.rows) for part in parts for one in part.slices]
-    for i, (count, _) in enumerate(rows):
-        begin = 0
-        for start, some in [(start, some) for table, start, some in found if table == i]:
-            assert start == begin
-            begin += some
-        assert begin == count
-    assert [one[0] for one in found] == sorted(one[0] for one in found)
-    names = [part.name for part in parts]
-    assert names == sorted(set(names))
-
-
-@given(
-    kept=st.lists(st.booleans(), min_size=1, max_size=60),
-    rows=st.integers(1, 7),
-    ending=st.sampled_from(["csv", "jsonl"]),
-)
-def test_rows_keep_the_numbers_that_they_have_in_a_damaged_table(kept: list[bool], rows: int, ending: str) -> None:
-    first = 2 if ending == "csv" else 1
-    numbers = [number for number, here in enumerate(kept, start=first) if here]
-    gaps = [number for number, here in enumerate(kept, start=first) if not here]
-    table = Table(f"a.{ending}", "", "", len(numbers), "text", gaps=gaps)
-    found = list[int]()
-    for start in range(0, len(numbers), rows):
-        piece = bulk.slice_of(table, start, min(rows, len(numbers) - start))
-        assert all(piece.first < gap <= piece.first + piece.rows + len(piece.table.gaps) for gap in piece.table.gaps)
-        found += bulk.numbers_of(piece)
-    assert found == numbers
 
 
 def test_tables_and_answers_may_be_elsewhere(tiny_run: Path, many: Path) -> None:

@@ -105,9 +105,8 @@ def load_run_with_random_layers(classifier: TorchClassifier) -> TorchClassifier:
     import copy
 
     model = copy.deepcopy(classifier.model)
-    model.layers = [  # type: ignore[union-attr]
-        [(torch.randn_like(weight) * weight.std(), bias) for weight, bias in layer]
-        for layer in model.layers  # type: ignore[union-attr]
+    model.layers = [
+        [(torch.randn_like(weight) * weight.std(), bias) for weight, bias in layer] for layer in model.layers
     ]
     return replace(classifier, model=model)
 

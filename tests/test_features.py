@@ -595,3 +595,23 @@ def test_machines_share_what_one_has_encoded(
     np.testing.assert_array_equal(values_of(both)[:6], values_of(first))
     monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "one"))
     assert features_of(encoder, TEXTS[:9]).encoded == 0
+
+
+def test_a_shared_store_in_disorder_is_a_warning(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_SHARED_STORE", str(tmp_path / "shared"))
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "one"))
+    features_of(encoder, TEXTS[:3])
+    (shelf,) = (tmp_path / "shared").iterdir()
+    (shelf / "notes").mkdir()
+    (shelf / "notes.txt").write_text("mine")
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "other"))
+    found = features_of(encoder, TEXTS[:3])
+    assert (found.reused, found.warnings) == (3, ())
+    assert not list((tmp_path / "other").rglob("notes*"))
+    shutil.rmtree(tmp_path / "shared")
+    (tmp_path / "shared").write_text("a file")
+    found = features_of(encoder, TEXTS[:6])
+    assert found.encoded == 3
+    assert {warning.split(":")[0] for warning in found.warnings} == {"HEADSTART_SHARED_STORE"}

@@ -88,11 +88,24 @@ def test_what_is_elsewhere_is_copied_here_to_be_read() -> None:
         assert b"".join(pool.map(read, "abcd" * 8)) == b"abcd" * 8
 
 
+@pytest.mark.parametrize("cause", [None, OSError(5, "gone"), ValueError("Input/output error (os error 5)")])
+def test_a_disk_that_refuses_is_no_fault_of_a_table(tmp_path: Path, cause: Exception | None) -> None:
+    (tmp_path / "a.csv").write_text("id")
+    fault = DataError("it is no table")
+    fault.__cause__ = cause
+    wanted, said = (DataError, "it is no table") if cause is None else (InputError, "Input/output error")
+    with pytest.raises(InputError, match=said) as raised, near(str(tmp_path / "a.csv")):
+        raise fault
+    assert type(raised.value) is wanted
+
+
 def test_what_is_out_of_reach_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read on"), near(str(tmp_path / "gone.csv")):
         pass
     with pytest.raises(InputError, match="cannot be reached"):
-        Place("foo://x")
+        find_tables("foo://x", OUT)
+    with pytest.raises(InputError, match="half-written"):
+        Place("sftp://host/x")
     assert absolute("file:///x/y") == "/x/y"
     assert absolute("memory://x") == "memory://x"
     assert Path(absolute("x")).is_absolute()

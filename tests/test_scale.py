@@ -1,20 +1,15 @@
 """Real nodes of a real Ray cluster on this machine: the same bytes as one process gives, whoever is killed."""
 
 import contextlib
-import itertools
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +19,10 @@ import pytest
 
 from headstart.errors import InputError
 from tests.conftest import BAD, GOOD, NOUNS, write_csv
-from tests.nodes import Nodes, running
+from tests.nodes import HEADSTART, Begin, Nodes, ended, free_port, listening
 
 pytestmark = pytest.mark.xdist_group("ray")
 TEXTS = [f"the {noun} was {word}" for noun in NOUNS for word in (*GOOD, *BAD)]
-HEADSTART = [sys.executable, "-m", "headstart.cli"]
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with running(3) as found:
-        yield found
-
-
-Begin = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def begin() -> Iterator[Begin]:
-    """Begins commands, on nodes or, without any, on a cluster of their own; those left at the end are killed."""
-    begun = list[subprocess.Popen[str]]()
-
-    def start(*arguments: str, nodes: Nodes | None = None, **more: str) -> subprocess.Popen[str]:
-        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        where, environment = ([nodes.address], nodes.environment) if nodes else (["--workers", "2"], own)
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [*HEADSTART, *arguments, "--ray", *where]
-        begun.append(subprocess.Popen(command, env={**environment, **more}, **pipes))
-        return begun[-1]
-
-    yield start
-    for process in begun:
-        if process.poll() is None:
-            for one in (*psutil.Process(process.pid).children(recursive=True), process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-        process.communicate(timeout=60)
 
 
 def test_an_error_of_ours_comes_back_as_it_was(begin: Begin, tiny_run: Path, tmp_path: Path) -> None:
@@ -80,13 +43,6 @@ def test_workers_get_what_one_node_has(workers: int, cores: list[int], each: int
     assert threads_each(workers, cores) == each
     with pytest.raises(InputError, match="give fewer"):
         threads_each(sum(cores) + 1, cores)
-
-
-def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 300) -> tuple[str, str]:
-    """What a process said on stdout and stderr, once it has ended as it should."""
-    out, err = process.communicate(timeout=seconds)
-    assert process.returncode == code, err
-    return out, err
 
 
 def run(*arguments: str, **more: str) -> None:
@@ -237,6 +193,7 @@ def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
     given = {"HEADSTART_CACHE_DIR": str(tmp_path / "c2"), "OMP_NUM_THREADS": "2"}
     process = begin(*fine_tuning(table, tiny_bert, out), "--workers", "2", nodes=nodes, **given)
     wait_until(lambda: process.poll() is not None or len(list(out.glob("checkpoint-*/"))) > 1, "checkpoints")
+    assert set(listening(psutil.Process(nodes.process.pid).children(recursive=True))) == {"127.0.0.1"}
     last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*/"))
     workers = [one for one in psutil.process_iter(["name"]) if one.info["name"].startswith("ray::RayTrain")]
     ours = [one for one in workers if one.ppid() in nodes.raylets]
@@ -256,85 +213,37 @@ def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_workers_train(begin: Begin, nodes: Nodes, tiny_bert: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "noise.csv", [(f"{text} {i}", "ab"[i % 2]) for i, text in enumerate(TEXTS * 30)])
+    out = tmp_path / "out"
+    arguments = [*fine_tuning(table, tiny_bert, out), "--workers", "2"]
+    process = begin(*arguments, nodes=nodes)
+    wait_until(lambda: process.poll() is not None or any(out.glob("checkpoint-*/")), "a checkpoint")
+    process.send_signal(signal.SIGINT)
+    _, err = ended(process, 130)
+    assert "--resume" in err.splitlines()[-1]
+    _, err = ended(begin(*arguments, "--resume", nodes=nodes))
+    assert "Resumed from" in err
+    assert (out / "metrics.json").is_file()
+
+
+def test_what_an_earlier_run_said_is_not_said_again(tmp_path: Path) -> None:
+    from headstart.scale import TOLD, told
+
+    (tmp_path / TOLD).write_text("an epoch of another run\n")
+    said: list[str] = []
+    with told(tmp_path, said.append), open(tmp_path / TOLD, "a", encoding="utf-8") as file:
+        file.write("an epoch\n")
+    assert said == ["an epoch"]
+
+
+@pytest.mark.slow
 def test_workers_whose_disk_is_full_do_not_try_again(
     begin: Begin, small_disk: Path, tiny_bert: Path, small_table: Path
 ) -> None:
     _, err = ended(begin(*fine_tuning(small_table, tiny_bert, small_disk / "out")), 2, seconds=60)
     assert "the disk is full" in err
     assert "Traceback" not in err
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def ask(port: int, path: str, body: Any = None) -> tuple[int, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def serving(begin: Begin, run: Path, nodes: Nodes | None = None) -> tuple[subprocess.Popen[str], int]:
-    """Replicas that answer, with room for four texts each, and their port."""
-    port = free_port()
-    arguments = ["serve", str(run), "--device", "cpu", "--port", str(port), "--max-waiting", "4"]
-    process = begin(*arguments, nodes=nodes)
-    assert process.stderr is not None
-    said = list(itertools.takewhile(lambda line: not line.startswith("Serving"), process.stderr))
-    assert process.poll() is None, said
-    return process, port
-
-
-def listening(processes: Iterable[psutil.Process]) -> list[str]:
-    """Addresses where processes listen."""
-    found = [one.laddr.ip for process in processes for one in process.net_connections() if one.status == "LISTEN"]
-    return [ip.removeprefix("::ffff:") for ip in found]
-
-
-def test_replicas_answer_as_one_server_and_all_of_ray_listens_on_loopback(begin: Begin, tiny_run: Path) -> None:
-    from headstart import predict
-
-    process, port = serving(begin, tiny_run)
-    status, answer = ask(port, "/predict", {"inputs": "the film was superb"})
-    wanted = predict.load(tiny_run, device="cpu", precision="fp32").predict_proba(["the film was superb"])[0]
-    likely = dict(zip("01", wanted, strict=True))
-    assert status == 200
-    assert {one["label"]: one["score"] for one in answer} == pytest.approx(likely, abs=0.02)
-    assert ask(port, "/predict", {"inputs": ["a", "b"]})[0] == 422
-    assert ask(port, "/predict", {"inputs": [["a"]] * 5})[:1] == (413,)
-    assert ask(port, "/health") == (200, {"status": "ok"})
-    with ThreadPoolExecutor(32) as pool:  # against room for eight texts
-        four = {"inputs": [["the film was superb " * 20]] * 4}
-        answers = list(pool.map(lambda _: ask(port, "/predict", four), range(200)))
-    assert {status for status, _ in answers} == {200, 429}
-    assert {answer["error_type"] for status, answer in answers if status == 429} == {"Overloaded"}
-    assert ask(port, "/predict", {"inputs": "the film was superb"}) == (200, answer)
-    family = psutil.Process(process.pid).children(recursive=True)
-    addresses = listening(family)
-    assert len(addresses) > 8
-    assert set(addresses) == {"127.0.0.1"}
-    process.terminate()
-    ended(process)
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.mark.slow
-def test_one_cluster_serves_one_run_after_another(begin: Begin, nodes: Nodes, tiny_run: Path) -> None:
-    for _ in range(2):
-        process, port = serving(begin, tiny_run, nodes)
-        assert ask(port, "/health") == (200, {"status": "ok"})
-        family = psutil.Process(nodes.process.pid).children(recursive=True)
-        assert set(listening(family)) == {"127.0.0.1"}
-        process.terminate()
-        ended(process)
-        with pytest.raises(urllib.error.URLError):
-            ask(port, "/health")
 
 
 def test_nothing_of_ray_is_imported_unless_asked_for(tiny_run: Path, tmp_path: Path) -> None:

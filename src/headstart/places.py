@@ -24,13 +24,13 @@ STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "
 
 
 class Place:
-    """A folder, here or where fsspec finds it, whose files are written whole or not at all."""
+    """A folder, here or on an object store, whose files are written whole or not at all; else an `InputError`."""
 
     def __init__(self, url: str) -> None:
+        if is_remote(url) and url.partition("://")[0] not in STORES:
+            raise InputError(f"{url}: files could be left half-written there. Give a folder here, or an object store.")
         self.fs, self.path = reach(url)
         self.url = url
-        if is_remote(url) and url.partition("://")[0] not in STORES:
-            raise InputError(f"{url}: files would be there half-written. Use a folder here, or an object store.")
 
     def write(self, name: str, content: bytes) -> None:
         """Put a file there; object stores have it whole or not at all by themselves."""

@@ -235,16 +235,16 @@ def rows_one_by_one(source: str) -> Iterator[tuple[bytes, str | None]]:
         for cells, odd in _cells(lines, read_delimiter(source)):
             expected = expected or len(cells)
             csv.writer(written := io.StringIO(), lineterminator="\n").writerow(cells)
-            line, reason = written.getvalue(), None
+            record, reason = written.getvalue(), None
             if odd:
                 reason = "it has a quote without a partner"
             elif len(cells) != expected:
                 reason = f"it has {count_of(len(cells), 'field')} where the header has {expected}"
-            elif re.search("[\udc80-\udcff]", line):  # what bytes that are none became
+            elif re.search("[\udc80-\udcff]", record):  # what bytes that are none became
                 reason = "it is not UTF-8"
-            elif "\0" in line:
+            elif "\0" in record:
                 reason = "it has a NUL byte"
-            yield (line.encode("utf-8", "surrogateescape"), reason) if cells else (b"", None)
+            yield (record.encode("utf-8", "surrogateescape"), reason) if cells else (b"", None)
 
 
 def _wrong_with_json(line: bytes) -> str | None:

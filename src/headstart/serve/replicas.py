@@ -56,8 +56,9 @@ def serve(
         ray_serve.ingress(build)(),
         num_replicas=workers,
         ray_actor_options=share,
-        max_ongoing_requests=config.max_connections,  # so that it is the replica's own queue that refuses
-        max_queued_requests=config.max_waiting,
+        # It is the replica's own queue that refuses, by a 429; Ray's would say 503.
+        max_ongoing_requests=config.max_connections,
+        max_queued_requests=config.max_connections,
     )
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
