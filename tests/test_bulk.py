@@ -205,9 +205,23 @@ def test_whatever_is_wrong_with_one_table_the_others_are_scored(
     }[kind]
     ending = "csv.gz" if "gzip" in kind else "jsonl" if kind == "NaN" else "csv"
     (many / f"d.{ending}").write_bytes(content)
-    summary = label(tiny_run, many, tmp_path / "out")
+    scored = {"lone CR": {300}, "NaN": {301}}
+    said = {
+        "cut gzip": "not a whole gzip file",
+        "no gzip": "not a whole gzip file",
+        "utf-16": "is UTF-16",
+        "latin header": "byte 15 (0xe9, in row 1) is not UTF-8",
+        "empty": "the file is empty",
+        "old mac": "lines end as on an old Mac",
+        "lone CR": "it has 3 fields where the header has 2",
+        "NaN": "it is not JSON (it has no NaN)",
+    }
+    label(tiny_run, many, tmp_path / "out")
     assert {int(i) for i in answers(tmp_path / "out")["id"]} >= set(range(200))
-    assert summary["scored"] + summary["set_aside"] == summary["rows"]
+    assert {int(i) for i in answers(tmp_path / "out")["id"] if int(i) >= 300} == scored.get(kind, set())
+    found = [(one["row"], str(one["reason"])) for one in set_aside(tmp_path / "out")]
+    assert [row for row, _ in found] == ([3] if kind == "lone CR" else [1] if kind == "NaN" else [None])
+    assert said[kind] in found[0][1]
     assert not (tmp_path / "out" / "_mended").exists()
     assert all("_mended" not in str(one["reason"]) for one in set_aside(tmp_path / "out"))
 

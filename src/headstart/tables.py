@@ -232,7 +232,8 @@ def rows_one_by_one(source: str) -> Iterator[tuple[bytes, str | None]]:
             return
         expected = 0
         lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(file))
-        for cells, odd in _cells(lines, read_delimiter(source)):
+        plain = (re.sub("\r(?!\n)", " ", line) for line in lines)  # which csv refuses outside quotes
+        for cells, odd in _cells(plain, read_delimiter(source)):
             expected = expected or len(cells)
             csv.writer(written := io.StringIO(), lineterminator="\n").writerow(cells)
             record, reason = written.getvalue(), None
@@ -247,9 +248,13 @@ def rows_one_by_one(source: str) -> Iterator[tuple[bytes, str | None]]:
             yield (record.encode("utf-8", "surrogateescape"), reason) if cells else (b"", None)
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it has no {constant}")
+
+
 def _wrong_with_json(line: bytes) -> str | None:
     try:
-        right = not line.strip() or isinstance(json.loads(line), dict)
+        right = not line.strip() or isinstance(json.loads(line, parse_constant=_refuse), dict)
     except (ValueError, RecursionError) as error:
         return f"it is not JSON ({error})"
     return None if right else "it is no record"
