@@ -32,6 +32,7 @@ from headstart.thaw import (
     predicted_costs,
 )
 from headstart.tokens import Tokens
+from headstart.train import Training
 from tests.conftest import BAD, GOOD, NOUNS
 
 CPU = choose_placement("cpu", "fp32")
@@ -313,6 +314,30 @@ def by_transformers(task: FineTuning, depth: Any) -> Any:
         states.append(tensors(model))
     model.load_state_dict(states[scores.index(max(scores))])
     return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", NATIVE_HEADS)
+def test_weights_converted_once_a_step_train_as_those_converted_for_each_part(
+    family: str, precision: Any, task: Callable[..., FineTuning]
+) -> None:
+    plain = task(family)
+    encoder = Encoder(plain.encoder.source, choose_placement("cpu", precision))
+    given = replace(plain, encoder=encoder)
+    trained = []
+    for converts in (True, False):
+        model, texts = given.thawed("all")
+        if not converts:
+            model.one_step = None  # type: ignore[assignment]
+        batches = TokenBatches(
+            texts, PARTS[0], given.targets[0].by_piece(torch.ones(2)), 16, 4, [torch.device("cpu")] * 2
+        )
+        training = Training(model, given.schedule)
+        for parts in batches.epoch(0):
+            training.step(parts, 1e-3, print)
+        trained.append(model.whole())
+    assert not same(trained[0], given.start)
+    assert alike(*trained)
 
 
 @pytest.mark.parametrize("family", NATIVE_HEADS)

@@ -146,7 +146,9 @@ class Engine:
         if self.pad_id is not None:  # RoBERTa counts from its padding id + 1 and passes over that id
             real = ids != self.pad_id
             positions = self.positions[real.cumsum(dim=1) * real + self.pad_id]
-        x = F.embedding(ids, self.words).to(self.dtype).add_(positions)
+        # A dense gradient would be zeros in all rows but those of the batch.
+        sparse = self.words.requires_grad and self.words.device.type == "cpu"
+        x = F.embedding(ids, self.words, sparse=sparse).to(self.dtype).add_(positions)
         x = F.layer_norm(x, self.norm[0].shape, *self.norm, self.eps)
         return x if self.project is None else self._product(x, self.project)
 

@@ -179,6 +179,26 @@ class ThawedModel(nn.Module):
             self.all_words = [words.weight.data]  # in a list, so that it does not move or train
             words.weight = nn.Parameter(words.weight.data[torch.from_numpy(self.used)])
         model.to(self.placement.device)
+        self.trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self.kept, self.halves = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+
+    @contextlib.contextmanager
+    def one_step(self) -> Iterator[list[torch.Tensor]]:
+        """Compute, within the block, with weights converted once, for all parts of a batch, in memory that is kept.
+
+        It gives what to differentiate by, for each parameter that is trained. Word embeddings stay whole, since few of
+        them are read, and so does the head.
+        """
+        half = self.placement.dtype
+        if self.uses_engine and half != torch.float32:
+            for name, one in self.trained.items():
+                if ".layer." in name or ("embeddings" in name and "word_embeddings" not in name):
+                    self.kept.setdefault(name, torch.empty_like(one, dtype=half)).detach().copy_(one.detach())
+                    self.halves[name] = self.kept[name].requires_grad_()
+        try:
+            yield [self.halves.get(name, one) for name, one in self.trained.items()]
+        finally:
+            self.halves = {}
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(batch, labels) logits of token ids, or of the hidden states below the thawed layers, and their mask.
@@ -191,7 +211,7 @@ class ThawedModel(nn.Module):
             # Threads would share its cache, and when it is cleared decides how gradients of ALBERT's one layer add up.
             with torch.autocast(x.device.type, self.placement.dtype, enabled=half, cache_enabled=False):
                 return self.model(input_ids=x, attention_mask=mask).logits.float()
-        live = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        live = {**self.trained, **self.halves}
         scorer = NativeScorer(self.config, live, x.device, self.placement.dtype, self.start)
         if x.is_floating_point():
             return scorer.onward(x.to(self.placement.dtype), mask)

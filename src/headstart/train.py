@@ -232,6 +232,7 @@ class Training:
         self.named = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.parameters = list(self.named.values())
         self.best = {name: one.detach().clone() for name, one in self.named.items()}
+        self.sums = dict[int, torch.Tensor]()
         self.optimizer, self.losses = AdamW(self.named, schedule), list[torch.Tensor]()  # of the epoch's steps
         kinds = {"now": self.named, "best": self.best, **self.optimizer.state}
         self.tensors = {f"{kind}.{name}": one.detach() for kind, of in kinds.items() for name, one in of.items()}
@@ -257,7 +258,7 @@ class Training:
             announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
         self._join(loss)
         self.losses.append(loss)
-        nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_norm, foreach=True)
+        self._clip()
         self.optimizer.step(lr)
         at.done, at.steps = at.done + 1, at.steps + 1
 
@@ -301,24 +302,44 @@ class Training:
 
     def _backward(self, parts: Sequence[Part], whole: torch.Tensor) -> torch.Tensor:
         """The same where memory is enough; parts are computed side by side, their gradients summed."""
-        if len(parts) == 1 and seat().size == 1:
+        one_step = getattr(self.model, "one_step", None)
+        if len(parts) == 1 and seat().size == 1 and one_step is None:
             loss = self._loss(parts[0])
             loss.backward()
             return loss.detach()
         shares = [float(weights.sum() / whole.clamp_min(1e-12)) for _, _, weights in parts]
 
-        def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-            loss = self._loss(parts[number]) * shares[number]
-            return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
-
         total = torch.zeros((), device=self.parameters[0].device)
         on_cpu = total.device.type == "cpu"  # of other devices each has its own queue, and they wait for nothing
-        for loss, found in (side_by_side if on_cpu else map)(gradients, range(len(parts))):
-            total += loss.to(total.device)
-            for parameter, gradient in zip(self.parameters, found, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        with one_step() if one_step is not None else contextlib.nullcontext(self.parameters) as leaves:
+
+            def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+                loss = self._loss(parts[number]) * shares[number]
+                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                return loss.detach(), [one.coalesce() if one is not None and one.is_sparse else one for one in found]
+
+            for loss, found in (side_by_side if on_cpu else map)(gradients, range(len(parts))):
+                total += loss.to(total.device)
+                for number, gradient in enumerate(found):
+                    if gradient is not None:
+                        self._add(number, gradient)
         return total
+
+    def _add(self, number: int, gradient: torch.Tensor) -> None:
+        """Add to a parameter's gradient, in memory that is kept: to get as much anew takes longer than to fill it."""
+        parameter = self.parameters[number]
+        if parameter.grad is not None:
+            parameter.grad.add_(gradient)
+            return
+        parameter.grad = self.sums.setdefault(number, torch.empty_like(parameter))
+        parameter.grad.zero_().add_(gradient) if gradient.is_sparse else parameter.grad.copy_(gradient)
+
+    def _clip(self) -> None:
+        """Scale the gradients down to the largest norm that is allowed."""
+        given = [one.grad for one in self.parameters if one.grad is not None]
+        norm = nn.utils.get_total_norm(given, foreach=True)
+        if norm.device.type != "cpu" or not norm <= self.schedule.clip_norm:  # elsewhere to ask would be to wait
+            nn.utils.clip_grads_with_norm_(self.parameters, self.schedule.clip_norm, norm, foreach=True)
 
     def _loss(self, part: Part) -> torch.Tensor:
         inputs, labels, weights = part
