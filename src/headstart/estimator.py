@@ -128,29 +128,9 @@ class TextClassifier(ClassifierMixin, TextInput):
         device: str = TrainConfig.device,
         precision: str = TrainConfig.precision,
     ) -> None:
-        self.model = model
-        self.thaw = thaw
-        self.time_budget = time_budget
-        self.head = head
-        self.head_features = head_features
-        self.head_width = head_width
-        self.head_dropout = head_dropout
-        self.trials = trials
-        self.epochs = epochs
-        self.max_steps = max_steps
-        self.patience = patience
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.clip_norm = clip_norm
-        self.max_length = max_length
-        self.long = long
-        self.class_weight = class_weight
-        self.calibration = calibration
-        self.validation_fraction = validation_fraction
-        self.random_state = random_state
-        self.device = device
-        self.precision = precision
+        given = dict(locals())  # parameters are stored as they are, as scikit-learn asks
+        del given["self"]
+        self.__dict__ |= given
 
     def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
         """Train on n texts: a list, an array, a Series or a table of one column, of any library.

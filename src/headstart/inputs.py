@@ -4,7 +4,7 @@ This room knows what scikit-learn takes as a target, and numpy. It knows nothing
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,15 +43,11 @@ def texts_in(given: Any) -> list[str]:
     return list(map(str, texts))
 
 
-class Wanted(NamedTuple):
-    """`labels`, (n,) indexes into `classes`, or (n, classes) of 0 and 1 where a text may have several."""
+def labels_in(y: Any) -> tuple[Indexes, NDArray[Any]]:
+    """Labels and classes of what scikit-learn takes as a target: (n,) classes, or an indicator matrix, also sparse.
 
-    labels: Indexes
-    classes: NDArray[Any]
-
-
-def labels_in(y: Any) -> Wanted:
-    """What scikit-learn takes as the target of a classifier: (n,) classes, or an indicator matrix, also sparse."""
+    Labels are (n,) indexes into the classes, or (n, classes) of 0 and 1 where a text may have several.
+    """
     if y is None:
         raise ArgumentError("A classifier requires y to be passed, but the target y is None.")
     if hasattr(y, "toarray"):
@@ -73,9 +69,9 @@ def labels_in(y: Any) -> Wanted:
     if kind == "multilabel-indicator":
         if not np.isin(y, (0, 1)).all():
             raise ArgumentError("y is an indicator matrix with other numbers than 0 and 1.")
-        return Wanted(y.astype(np.int64), np.arange(y.shape[1]))
+        return y.astype(np.int64), np.arange(y.shape[1])
     classes, labels = np.unique(column_or_1d(y, warn=True), return_inverse=True)
-    return Wanted(labels.astype(np.int64), classes)
+    return labels.astype(np.int64), classes
 
 
 def names_of(classes: NDArray[Any]) -> tuple[str, ...]:
