@@ -69,7 +69,10 @@ def free_port() -> int:
 
 def listening(processes: Iterable[psutil.Process]) -> list[str]:
     """Addresses where processes listen."""
-    found = [one.laddr.ip for process in processes for one in process.net_connections() if one.status == "LISTEN"]
+    found = list[str]()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray's come and go
+            found += [one.laddr.ip for one in process.net_connections() if one.status == "LISTEN"]
     return [ip.removeprefix("::ffff:") for ip in found]
 
 

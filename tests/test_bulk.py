@@ -134,6 +134,12 @@ def test_damaged_rows_are_set_aside_and_the_others_scored(tiny_run: Path, tmp_pa
     assert found["b.jsonl", 2].startswith("it is not JSON (")
 
 
+def test_a_good_row_beside_a_damaged_one_keeps_its_text(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'id,sentence\n0,"first\rsecond"\n1,a,b\n2,ab\rcd\n')
+    label(tiny_run, tmp_path / "a.csv", tmp_path / "out")
+    assert answers(tmp_path / "out")["sentence"].to_list() == ["first\rsecond", "ab\rcd"]
+
+
 def test_a_table_that_cannot_be_read_stops_nothing_unless_it_is_the_only_one(
     tiny_run: Path, many: Path, tmp_path: Path
 ) -> None:

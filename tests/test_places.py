@@ -1,5 +1,6 @@
 """Folders here and elsewhere have the same face, and a file is there whole or not at all."""
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_tables_of_a_folder_a_pattern_and_a_path(tmp_path: Path) -> None:
     assert names == ["a.parquet", "b.csv"]
     found = find_tables(str(tmp_path / "*.csv"), OUT)
     assert list(found) == [str(tmp_path / "b.csv")]
-    (tmp_path / "b.csv").write_text("B.csv")  # of the same size
+    os.utime(tmp_path / "b.csv", (1, 1))  # as if it were written again, with as many bytes
     assert find_tables(str(tmp_path / "*.csv"), OUT) != found
     assert list(find_tables(str(tmp_path / "b.csv"), OUT)) == [str(tmp_path / "b.csv")]
     with pytest.raises(DataError, match="headstart reads"):
@@ -100,8 +101,9 @@ def test_a_disk_that_refuses_is_no_fault_of_a_table(tmp_path: Path, cause: Excep
 
 
 def test_what_is_out_of_reach_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read on"), near(str(tmp_path / "gone.csv")):
-        pass
+    for gone in (str(tmp_path / "gone.csv"), "memory://gone.csv"):
+        with pytest.raises(InputError, match="cannot be read on"), near(gone):
+            pass
     with pytest.raises(InputError, match="cannot be reached"):
         find_tables("foo://x", OUT)
     with pytest.raises(InputError, match="half-written"):

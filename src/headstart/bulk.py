@@ -240,7 +240,8 @@ def score_tables(
         return dict(json.loads(place.read(SUMMARY)))
     tables = [Table(*one) for one in plan.get("tables", ())]
     if not plan:
-        job.load()  # what is amiss with the classifier is told before anything is written
+        # What is amiss with the classifier is told before anything is written; others may have the device.
+        replace(job, device="cpu", precision="auto").load()
         tables = look_at(job, found, each)
         place.write(PLAN, json.dumps({"key": key, "tables": tables}).encode())
     parts = parts_of(tables)

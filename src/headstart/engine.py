@@ -86,6 +86,7 @@ class Engine:
 
         self.onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.device, self.dtype, self.start = device, dtype, start
+        self.sparse = False  # whether the gradient of the word embeddings is of the rows that are read, and no zeros
         if any(name.startswith("embeddings.") for name in weights):
             words = weights["embeddings.word_embeddings.weight"]
             self.words = words.to(device) if words.requires_grad else words.to(device, dtype)
@@ -146,9 +147,7 @@ class Engine:
         if self.pad_id is not None:  # RoBERTa counts from its padding id + 1 and passes over that id
             real = ids != self.pad_id
             positions = self.positions[real.cumsum(dim=1) * real + self.pad_id]
-        # A dense gradient would be zeros in all rows but those of the batch.
-        sparse = self.words.requires_grad and self.words.device.type == "cpu"
-        x = F.embedding(ids, self.words, sparse=sparse).to(self.dtype).add_(positions)
+        x = F.embedding(ids, self.words, sparse=self.sparse).to(self.dtype).add_(positions)
         x = F.layer_norm(x, self.norm[0].shape, *self.norm, self.eps)
         return x if self.project is None else self._product(x, self.project)
 

@@ -73,6 +73,10 @@ class TerminatedError(HeadstartError):
     exit_code = 143
 
 
+class UnevenError(InputError):
+    """Processes that train together have not begun at the same place."""
+
+
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
     """Turn the disk's refusals inside the block into a `DiskError` about `path`."""

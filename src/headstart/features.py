@@ -168,11 +168,12 @@ class Shelf:
             return
         place = Place(f"{url}/{self.folder.name}")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             here = {path.name for path in self.folder.glob("*.safetensors")}
             there = {name for name in place.names() if name.endswith(".safetensors")}
             for name in there - here:
                 content = place.read(name)
-                with whole_file(self.folder / name) as part:
+                with FileLock(self.folder.parent / "lock"), whole_file(self.folder / name) as part:
                     part.write_bytes(content)
             for name in here - there:
                 with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile

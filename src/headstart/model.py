@@ -31,6 +31,7 @@ from headstart.tokens import Tokenizer, Tokens
 
 SHORTENED = ("bert", "roberta", "electra", "distilbert", "mpnet", "deberta-v2")
 """Families that stay themselves without their upper layers. ModernBERT ends in a norm; ALBERT's layers are one."""
+WHOLE = ("word_embeddings", "query", "q_lin")  # few of the former are read; the others are scaled, then converted
 VOCABULARIES = ("vocab.txt", "vocab.json", "spm.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -180,25 +181,25 @@ class ThawedModel(nn.Module):
             words.weight = nn.Parameter(words.weight.data[torch.from_numpy(self.used)])
         model.to(self.placement.device)
         self.trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.kept, self.halves = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        self.kept, self.halves, self.in_step = dict[str, torch.Tensor](), dict[str, torch.Tensor](), False
 
     @contextlib.contextmanager
     def one_step(self) -> Iterator[list[torch.Tensor]]:
         """Compute, within the block, with weights converted once, for all parts of a batch, in memory that is kept.
 
-        It gives what to differentiate by, for each parameter that is trained. Word embeddings stay whole, since few of
-        them are read, and so does the head.
+        It gives what to differentiate by, for each parameter that is trained: copies, but for the head and `WHOLE`.
         """
         half = self.placement.dtype
         if self.uses_engine and half != torch.float32:
             for name, one in self.trained.items():
-                if ".layer." in name or ("embeddings" in name and "word_embeddings" not in name):
+                if (".layer." in name or "embeddings" in name) and not any(part in name for part in WHOLE):
                     self.kept.setdefault(name, torch.empty_like(one, dtype=half)).detach().copy_(one.detach())
                     self.halves[name] = self.kept[name].requires_grad_()
+        self.in_step = True
         try:
             yield [self.halves.get(name, one) for name, one in self.trained.items()]
         finally:
-            self.halves = {}
+            self.halves, self.in_step = {}, False
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(batch, labels) logits of token ids, or of the hidden states below the thawed layers, and their mask.
@@ -213,6 +214,7 @@ class ThawedModel(nn.Module):
                 return self.model(input_ids=x, attention_mask=mask).logits.float()
         live = {**self.trained, **self.halves}
         scorer = NativeScorer(self.config, live, x.device, self.placement.dtype, self.start)
+        scorer.sparse = self.in_step and x.device.type == "cpu"
         if x.is_floating_point():
             return scorer.onward(x.to(self.placement.dtype), mask)
         return scorer(x, mask)

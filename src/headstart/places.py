@@ -126,14 +126,18 @@ def near(source: str) -> Iterator[str]:
     So it is if the disk refuses within the block: that is no fault of what is there. Of elsewhere it is a copy, of
     which the last two are kept.
     """
+    refused = f"{source}: cannot be read on {platform.node()}"
     try:
         with LOCK:
             file = _copy_of(source) if is_remote(source) else None
         path = source if file is None else str(file.name)
         open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"{refused} ({error.strerror or error or type(error).__name__}).") from error
+    try:
         yield path
     except (OSError, DataError) as error:
-        refused = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(refused, Exception) or (number := disk_errno(refused)) is None:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, Exception) or (number := disk_errno(cause)) is None:
             raise
-        raise InputError(f"{source}: cannot be read on {platform.node()} ({os.strerror(number)}).") from error
+        raise InputError(f"{refused} ({os.strerror(number)}).") from error

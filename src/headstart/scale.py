@@ -30,7 +30,7 @@ from headstart.bulk import MOST_ATTEMPTS, Job, Scorer
 from headstart.checkpoints import Checkpoints
 from headstart.config import Device, Precision
 from headstart.encoder import Batch, Encoder, choose_placement, encode_batch
-from headstart.errors import HeadstartError, InputError, ModelError, TerminatedError
+from headstart.errors import HeadstartError, InputError, ModelError, TerminatedError, UnevenError
 from headstart.features import cache_folder
 from headstart.model import Depth
 from headstart.parallel import cores
@@ -175,7 +175,8 @@ class Cluster(NamedTuple):
         class GiveUp(UserCallback):
             def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
                 found = next(filter(None, map(ours, worker_exceptions.values())), None)
-                if found is not None and not isinstance(found, TerminatedError):  # as of a node that is taken away
+                # A node that is taken away, and a disk that shows others late, are reasons to try again.
+                if found is not None and not isinstance(found, (TerminatedError, UnevenError)):
                     raise found
 
         folder, on_gpus = checkpoints.folder.absolute(), task.encoder.placement.device.type == "cuda"

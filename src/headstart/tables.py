@@ -26,6 +26,7 @@ USUAL_NAMES = {name for names in USUAL_COLUMNS.values() for name in names}
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 ENDING = re.compile(rf"({'|'.join(map(re.escape, FORMATS))})(\.gz)?\Z", re.IGNORECASE)
 MOST_ROWS_NAMED = 8
+LONE_CR = "\ud80d"  # stands for a carriage return without a line feed; no decoded byte becomes it
 REMOTE = "hf://"  # polars has to fetch such a table, so that nobody else can look into it
 csv.field_size_limit(2**31 - 1)  # texts may be longer than the 128 kB that Python stops at
 
@@ -232,10 +233,11 @@ def rows_one_by_one(source: str) -> Iterator[tuple[bytes, str | None]]:
             return
         expected = 0
         lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(file))
-        plain = (re.sub("\r(?!\n)", " ", line) for line in lines)  # which csv refuses outside quotes
-        for cells, odd in _cells(plain, read_delimiter(source)):
+        marked = (re.sub("\r(?!\n)", LONE_CR, line) for line in lines)  # csv refuses it outside quotes
+        for cells, odd in _cells(marked, read_delimiter(source)):
             expected = expected or len(cells)
-            csv.writer(written := io.StringIO(), lineterminator="\n").writerow(cells)
+            restored = [cell.replace(LONE_CR, "\r") for cell in cells]
+            csv.writer(written := io.StringIO(), lineterminator="\n").writerow(restored)
             record, reason = written.getvalue(), None
             if odd:
                 reason = "it has a quote without a partner"

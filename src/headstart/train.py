@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from headstart.checkpoints import Checkpoints
 from headstart.engine import side_by_side
-from headstart.errors import InputError, TerminatedError
+from headstart.errors import InputError, TerminatedError, UnevenError
 from headstart.peers import add_up, seat
 from headstart.progress import bar
 from headstart.targets import weighted_loss
@@ -169,7 +169,7 @@ def fit(
         training.resume(*found)
     add_up(steps_of_all := torch.tensor(float(training.history.steps)))
     if float(steps_of_all) != seat().size * training.history.steps:
-        raise InputError("Workers found different checkpoints: --out has to be on a disk that all share.")
+        raise UnevenError("Workers found different checkpoints: --out has to be on a disk that all share.")
     at, steps, patience = training.history, schedule.epochs * len(batches), schedule.patience or math.inf
     most_steps = schedule.max_steps or math.inf
     announce: Callable[[str], None] = checkpoints.announce if checkpoints is not None else lambda said: None
@@ -330,9 +330,13 @@ class Training:
         parameter = self.parameters[number]
         if parameter.grad is not None:
             parameter.grad.add_(gradient)
-            return
-        parameter.grad = self.sums.setdefault(number, torch.empty_like(parameter))
-        parameter.grad.zero_().add_(gradient) if gradient.is_sparse else parameter.grad.copy_(gradient)
+        elif parameter.device.type != "cpu":  # which keep freed memory by themselves
+            parameter.grad = gradient.to(parameter.dtype)
+        else:
+            if number not in self.sums:
+                self.sums[number] = torch.empty_like(parameter)
+            parameter.grad = self.sums[number]
+            parameter.grad.zero_().add_(gradient) if gradient.is_sparse else parameter.grad.copy_(gradient)
 
     def _clip(self) -> None:
         """Scale the gradients down to the largest norm that is allowed."""

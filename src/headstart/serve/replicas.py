@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +35,8 @@ def serve(
     """
     key, on_loopback = key_of(config), cluster.on_loopback
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # What is amiss is told here, and not by replicas.
-    predict.load(run, device=device, precision=precision, min_confidence=config.min_confidence)
+    # What is amiss is told here, and not by replicas, which have the device.
+    predict.load(run, device="cpu", min_confidence=config.min_confidence)
     workers, share = cluster.room("cpu" if predict.is_by_onnx(run, device, precision) else device)
     threads_each(workers, shares_of_nodes("GPU" if "num_gpus" in share else "CPU"))
     if (there := ray_serve.status()).proxies or there.applications:
@@ -61,10 +62,11 @@ def serve(
         max_queued_requests=config.max_connections,
     )
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as long as Ray waits for replicas
     try:
         ray_serve.start(http_options=HTTPOptions(host=host, port=port), proxy_location=ProxyLocation.HeadOnly)
         ray_serve.run(deployment.bind(), name="headstart")
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())
         announce(f"Serving   {url_of(host, port)} by {count_of(workers, 'replica')}")
         ended.wait()
     except KeyboardInterrupt:
