@@ -25,6 +25,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 TEXTS = [f"the {noun} was {word}" for noun in NOUNS for word in (*GOOD, *BAD)]
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_comes_back_as_it_was(begin: Begin, tiny_run: Path, tmp_path: Path) -> None:
     source = write_tables(tmp_path / "in", 8, 2)
     (source / "t9.csv").write_text("id,words\n1,so\n")
