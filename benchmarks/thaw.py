@@ -39,7 +39,7 @@ def thaw(bench: Bench, samples: Samples) -> list[Ratio]:
             ("headstart, all", bench.repeats, ours("all")),
             (fast, bench.repeats, trainer(fast, epochs, "--fast")),
             ("headstart, 2", bench.few, ours("2")),
-            (plain, bench.few, trainer(plain, "1")),
+            (plain, bench.repeats, trainer(plain, "1")),
         ]
     )
     what = f"fine-tuning the whole encoder, {epochs} epochs, {len(read_rows(table)):,} texts, MiniLM"

@@ -95,6 +95,9 @@ def test_clearing_leaves_what_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints.clear()
     assert names(tmp_path) == ["checkpoint-plan.json", "metrics.json"]
     assert checkpoints.newest() is None
+    (tmp_path / "checkpoint-3").write_text("no folder")
+    with pytest.raises(DiskError, match="checkpoint-3"):
+        checkpoints.clear()
 
 
 def test_one_is_due_after_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

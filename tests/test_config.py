@@ -304,6 +304,17 @@ def test_who_is_told_is_not_repeated_with_a_run_but_is_from_a_file(tmp_path: Pat
     assert from_file(written(tmp_path, 'report_to = "mlflow"')) == {"report_to": "mlflow"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "taken", "repeated"), [(40, None, 40), (None, 150, 150), (150, 90, 90), (None, None, None)]
+)
+def test_a_run_is_repeated_with_the_steps_that_it_took(
+    asked: int | None, taken: int | None, repeated: int | None, tmp_path: Path
+) -> None:
+    made_by = dataclasses.asdict(settings("x.csv", max_steps=asked, thaw="all"))
+    (tmp_path / "r.json").write_text(json.dumps({"settings": made_by, "thaw": {"kept": "all", "steps": taken}}))
+    assert from_file(str(tmp_path / "r.json"))["max_steps"] == repeated
+
+
 def values(name: str) -> st.SearchStrategy[Any]:
     """What a setting may be."""
 

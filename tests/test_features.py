@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -436,6 +437,23 @@ def test_the_longest_unused_goes_first(encoder: Encoder, cache_dir: Path, monkey
     assert encoded == {"film": 0, "room": 0, "app": 0, "soup": 10}
 
 
+def test_what_is_over_the_cap_by_itself_costs_nothing_else(
+    encoder: Encoder, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features_of(encoder, TEXTS)
+    states = cache_dir / "features" / "states-abc-2"
+    states.mkdir()
+    cap = cache_info().bytes + 5000
+    (states / "whole.npy").write_bytes(bytes(cap + 1))
+    for name in ("torn", "growing"):
+        (states / f".{name}.npy.1234.tmp").write_bytes(bytes(10))
+    monkeypatch.setenv("HEADSTART_CACHE_MAX_BYTES", str(cap))
+    with FileLock(states / "growing.lock"):
+        features.evict(cache_dir / "features")
+    assert {path.name for path in states.iterdir() if path.suffix != ".lock"} == {".growing.npy.1234.tmp"}
+    assert features_of(encoder, TEXTS).encoded == 0
+
+
 def test_the_cap_holds_over_all_encoders(
     encoder: Encoder, tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -595,6 +613,10 @@ def test_machines_share_what_one_has_encoded(
     np.testing.assert_array_equal(values_of(both)[:6], values_of(first))
     monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "one"))
     assert features_of(encoder, TEXTS[:9]).encoded == 0
+    monkeypatch.setenv("HEADSTART_CACHE_DIR", str(tmp_path / "small"))
+    monkeypatch.setenv("HEADSTART_CACHE_MAX_BYTES", "1")
+    Shelf(encoder, stored_layout(encoder)).exchange()
+    assert cache_info().bytes == 0, "what is fetched counts, too"
 
 
 def test_a_shared_store_in_disorder_is_a_warning(

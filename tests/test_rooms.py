@@ -13,6 +13,7 @@ ROOMS = (
     "progress",
     "folders",
     "parallel",
+    "interrupts",
     "tables",
     "places",
     "data",
@@ -114,7 +115,7 @@ def test_the_public_surface() -> None:
     assert all(callable(getattr(headstart, name)) for name in headstart.__all__)
 
 
-BUDGET, OVER = 4500, 5126
+BUDGET, OVER = 4500, 5170
 """Lines that the source may have, and by how many it is over them: see docs/decisions.md."""
 
 

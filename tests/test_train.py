@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +21,7 @@ from headstart.config import ClassWeight
 from headstart.engine import PooledHead
 from headstart.errors import InputError, TerminatedError
 from headstart.targets import Targets, class_weights, loss_and_accuracy
-from headstart.train import AdamW, Epoch, FeatureBatches, History, Part, Schedule, Validate, fit
+from headstart.train import AdamW, Epoch, FeatureBatches, History, Part, Schedule, Validate, copy_tensors, fit
 
 SCHEDULE = Schedule(epochs=5, lr=1e-2, weight_decay=0.01)
 
@@ -372,6 +372,41 @@ def test_ctrl_c_while_validating_keeps_the_best_so_far() -> None:
     model = new_model()
     history = fit(model, FeatureBatches(*separable(), torch.ones(120), 16, 1), validate, SCHEDULE)
     assert (history.interrupted, history.best, len(history.epochs)) == (True, 1, 3)
+    assert history.steps == 3 * 8, "those of epochs that count"
+    assert state_bytes(model) == seen[1]
+
+
+def test_ctrl_c_within_a_step_comes_when_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, original, before = list[float](), AdamW.step, signal.getsignal(signal.SIGINT)
+
+    def step(self: AdamW, lr: float) -> None:
+        rates.append(lr)
+        if len(rates) == 11:
+            signal.raise_signal(signal.SIGINT)
+        original(self, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "step", step)
+        cut = train(model := new_model(dropout=0.0), replace(SCHEDULE, keep="last"))
+    assert (cut.interrupted, cut.steps, len(rates)) == (True, 11, 11)
+    train(same := new_model(dropout=0.0), replace(SCHEDULE, keep="last", max_steps=11))
+    assert state_bytes(model) == state_bytes(same)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_while_the_best_weights_are_noted_comes_when_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, times, loop = list[bytes](), list[int](), sys.modules[fit.__module__]
+
+    def interrupted(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+        times.append(len(seen))
+        if times.count(2) == 1:
+            signal.raise_signal(signal.SIGINT)
+        copy_tensors(source, target)
+
+    monkeypatch.setattr(loop, "copy_tensors", interrupted)
+    batches = FeatureBatches(*separable(), torch.ones(120), 16, 1)
+    history = fit(model := new_model(), batches, told([3, 2, 1], seen), SCHEDULE)
+    assert (history.interrupted, history.best, len(history.epochs), history.steps) == (True, 1, 2, 16)
     assert state_bytes(model) == seen[1]
 
 
@@ -697,6 +732,16 @@ def test_a_run_stopped_over_and_over_ends_in_the_same_bytes(tmp_path: Path) -> N
     assert tune(FeatureBatches(values, labels, torch.ones(len(labels)), 16, 1), Checkpoints(tmp_path, 1e9)) == expected
 
 
+@pytest.mark.parametrize("at", [(0, 2), (2, 2), (1, 7)])
+def test_a_run_stopped_at_the_last_step_allowed_ends_in_the_same_bytes(at: tuple[int, int], tmp_path: Path) -> None:
+    data = (*separable(), torch.ones(120), 16, 1)
+    schedule = replace(TUNED, max_steps=8 * at[0] + at[1] + 1)
+    expected = tune(FeatureBatches(*data), schedule=schedule)
+    with pytest.raises(TerminatedError):
+        tune(Stopping(*data, at), Checkpoints(tmp_path, 1e9), schedule)
+    assert tune(FeatureBatches(*data), Checkpoints(tmp_path, 1e9), schedule) == expected
+
+
 def test_patience_that_had_run_out_has_still_run_out_when_resumed(tmp_path: Path) -> None:
     values, labels = separable()
     schedule = replace(TUNED, epochs=9, patience=1, lr=1e-12)  # nothing gets better
@@ -715,14 +760,15 @@ def test_sigterm_without_checkpoints_says_that_nothing_was_kept() -> None:
         tune(Stopping(*separable(), torch.ones(120), 16, 1, (1, 2)))
 
 
-def test_sigterm_while_validating_is_heeded_after_the_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", [SCHEDULE, replace(SCHEDULE, max_steps=8), replace(SCHEDULE, epochs=1)])
+def test_sigterm_while_validating_is_heeded_after_the_epoch(schedule: Schedule, tmp_path: Path) -> None:
     def validate(model: nn.Module) -> tuple[float, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return 1.0, 0.5
 
     batches = FeatureBatches(*separable(), torch.ones(120), 16, 1)
     with pytest.raises(TerminatedError):
-        fit(new_model(), batches, validate, SCHEDULE, checkpoints=Checkpoints(tmp_path, 1e9))
+        fit(new_model(), batches, validate, schedule, checkpoints=Checkpoints(tmp_path, 1e9))
     found = Checkpoints(tmp_path, 1.0).newest()
     assert found is not None
     assert (len(found[1]["epochs"]), found[1]["done"]) == (1, 0)
@@ -735,8 +781,10 @@ import sys, torch
 from headstart.train import FeatureBatches, Schedule, fit
 model = torch.nn.Linear(3, 2)
 batches = FeatureBatches(torch.ones(8, 3), torch.arange(8) % 2, torch.ones(8), 4, 1)
-fit(model, batches, lambda _: (0.0, 0.0), Schedule(2, 0.1, 0.0))
-assert model.weight.grad is not None
+before = model.weight.detach().clone()
+fit(model, batches, lambda _: (0.0, 0.0), Schedule(2, 0.1, 0.0, keep="last"))
+assert not torch.equal(model.weight, before)
+assert model.weight.grad is None  # that is memory for nothing
 assert "torch._dynamo" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parents[1])}

@@ -33,9 +33,10 @@ class Checkpoints:
         self.written = time.monotonic()
 
     def clear(self) -> None:
-        """Delete what an earlier run has left."""
+        """Delete what an earlier run has left; a `DiskError` if that is forbidden."""
         for old in self._newest_first():
-            shutil.rmtree(old, ignore_errors=True)
+            with disk_errors(old):  # if it stayed, it would be resumed from
+                shutil.rmtree(old)
 
     def due(self) -> bool:
         """Whether it is time for the next one."""

@@ -284,7 +284,7 @@ def from_file(name: str) -> dict[str, Any]:
                 aside += STEPS  # they were fine-tuning's, which was not kept
                 found["head"] = found["head"] if asked == "auto" else "native"
             elif found["thaw"] != "0":
-                found["max_steps"], found["trials"] = info["thaw"].get("steps"), None
+                found["max_steps"], found["trials"] = info["thaw"].get("steps") or found.get("max_steps"), None
             found["max_length"] = found["max_length"] or "auto"  # a recipe may have another default
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--config {name}: cannot be read as settings ({error!r}).") from error

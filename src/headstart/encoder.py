@@ -55,7 +55,7 @@ def choose_placement(device: Device, precision: Precision) -> Placement:
     if precision != "auto":
         why = "as asked"
     elif chosen == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         why = f"{torch.cuda.get_device_name()} is fastest with it"
     elif chosen == "mps":
         precision, why = "fp32", "half precision is not tested on mps"

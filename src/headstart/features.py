@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import platformdirs
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -178,14 +178,22 @@ class Shelf:
             for name in here - there:
                 with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile
                     place.write(name, (self.folder / name).read_bytes())
+            evict(self.folder.parent)
         except Exception as error:  # of a store's library, which may be any
             self.warnings.append(f"HEADSTART_SHARED_STORE: not all was exchanged with it ({error}).")
 
 
 def evict(store: Path) -> None:
-    """Delete what was used longest ago while the store is over its cap."""
-    files = by_age(store, *STORED)
-    excess = sum(size for _, size, _ in files) - cache_max_bytes()
+    """Delete what a killed process left half written; and while the store is over its cap, what was used longest ago.
+
+    What is over the cap by itself goes first, so that it does not cost all the rest.
+    """
+    for torn in store.glob("states-*/.*.npy.*.tmp"):
+        with contextlib.suppress(Timeout), FileLock(torn.parent / f"{torn.name.split('.')[1]}.lock", timeout=0):
+            torn.unlink(missing_ok=True)
+    cap = cache_max_bytes()
+    files = sorted(by_age(store, *STORED), key=lambda file: file[1] <= cap)
+    excess = sum(size for _, size, _ in files) - cap
     for _, size, path in files:
         if excess > 0:
             path.unlink(missing_ok=True)

@@ -164,6 +164,8 @@ class ThawedModel(nn.Module):
     def __init__(self, encoder: Encoder, model: Any, depth: Depth, tokens: Tokens) -> None:
         super().__init__()
         self.config, self.placement, self.model = encoder.shape, encoder.placement, model
+        if self.placement.precision == "fp16":  # in which small gradients become 0
+            self.placement = replace(self.placement, precision="fp32")
         self.start = 0 if depth == "all" else encoder.layers - depth
         self.uses_engine = encoder.engine is not None
         check_depth(encoder, depth)
@@ -193,7 +195,9 @@ class ThawedModel(nn.Module):
         if self.uses_engine and half != torch.float32:
             for name, one in self.trained.items():
                 if (".layer." in name or "embeddings" in name) and not any(part in name for part in WHOLE):
-                    self.kept.setdefault(name, torch.empty_like(one, dtype=half)).detach().copy_(one.detach())
+                    if name not in self.kept:
+                        self.kept[name] = torch.empty_like(one, dtype=half)
+                    self.kept[name].detach().copy_(one.detach())
                     self.halves[name] = self.kept[name].requires_grad_()
         self.in_step = True
         try:

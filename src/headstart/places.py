@@ -133,7 +133,7 @@ def near(source: str) -> Iterator[str]:
         path = source if file is None else str(file.name)
         open(path, "rb").close()
     except OSError as error:
-        raise InputError(f"{refused} ({error.strerror or error or type(error).__name__}).") from error
+        raise InputError(f"{refused} ({error.strerror or str(error) or type(error).__name__}).") from error
     try:
         yield path
     except (OSError, DataError) as error:

@@ -138,7 +138,7 @@ def _train(config: TrainConfig, out: Path, started: float, announce: Announce, l
         card, page = report.told("card.md", info, numbers), report.told("report.html", info, numbers, **figures)
         (folder / "README.md").write_text(card + "\n", encoding="utf-8")
         (folder / "report.html").write_text(page + "\n", encoding="utf-8")
-        if config.keep_checkpoints:
+        if config.keep_checkpoints and info["thaw"].get("depth", "0") != "0":  # others would be an earlier run's
             for place in out.glob("checkpoint-*/"):
                 shutil.copytree(place, folder / place.name)
     log.result(numbers)
@@ -354,5 +354,5 @@ def stage_record(name: str, history: History) -> Json:
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
-    names = ("torch", "transformers", "tokenizers", "polars", "scikit-learn", "numpy")
+    names = ("headstart", "torch", "transformers", "tokenizers", "polars", "scikit-learn", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

@@ -152,7 +152,7 @@ def logits_of(model: torch.nn.Module, texts: Texts, index: Indexes, labels: int)
             return places, model(*texts.inputs(index[places], device)).float().cpu()
 
     batches = itertools.islice(like_length_batches(texts.tokens.lengths[index]), here.rank, None, here.size)
-    for places, logits in side_by_side(score, batches):
+    for places, logits in (side_by_side if device.type == "cpu" else map)(score, batches):
         found[torch.from_numpy(places)] = logits
     add_up(found)
     return found
@@ -341,7 +341,8 @@ def _room(task: FineTuning, depth: Depth) -> tuple[int, int]:
     trained = weights if depth == "all" else layers * 12 * hidden**2
     batch = task.batch_size * int(task.tokens.lengths.max())
     states = 0 if depth == "all" or not task.config.store else 2 * hidden * len(task.tokens.ids)
-    return 4 * (2 * weights + 7 * trained) + batch * layers * hidden * 60, states + 3 * 4 * 4 * trained
+    parts = torch.get_num_threads() if encoder.placement.device.type == "cpu" else 1  # each has gradients of its own
+    return 4 * (2 * weights + (6 + parts) * trained) + batch * layers * hidden * 60, states + 3 * 4 * 4 * trained
 
 
 def deepest_within(costs: Sequence[Cost], seconds: float) -> Cost | None:

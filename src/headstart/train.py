@@ -6,8 +6,6 @@ This room knows torch's optimisers. It knows nothing of tables, of files, or wha
 import contextlib
 import math
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from torch.optim.adamw import adamw
 from headstart.checkpoints import Checkpoints
 from headstart.engine import side_by_side
 from headstart.errors import InputError, TerminatedError, UnevenError
+from headstart.interrupts import termination, undisturbed
 from headstart.peers import add_up, seat
 from headstart.progress import bar
 from headstart.targets import weighted_loss
@@ -188,6 +187,8 @@ def fit(
             return time.monotonic() > schedule.deadline or at.steps >= most_steps
 
         def one_epoch() -> None:  # its steps that are not done yet
+            if at.done and at.steps >= most_steps:
+                return
             model.train()
             for parts in batches.epoch(len(at.epochs), at.done):
                 training.step(parts, schedule.lr_at(at.steps, steps), announce)
@@ -199,7 +200,7 @@ def fit(
 
         try:
             while not stop and len(at.epochs) < schedule.epochs and len(at.epochs) - at.best <= patience:
-                if at.epochs and at.steps >= most_steps:
+                if at.epochs and not at.done and at.steps >= most_steps:
                     break  # resumed at its end
                 started = time.perf_counter()
                 try:
@@ -213,13 +214,15 @@ def fit(
                     held = validate(model)
                 training.end_epoch(*held, time.perf_counter() - started, schedule.lr_at(at.steps - 1, steps))
                 stop = on_epoch(len(at.epochs) - 1, at.epochs[-1]) or at.interrupted or is_over()
-                if not stop or here.size > 1:
+                if not stop or here.size > 1 or terminated.is_set():
                     save()
         except KeyboardInterrupt:
             if not at.epochs:
                 raise  # nothing to keep yet
-            at.interrupted = True
+            at.interrupted, at.steps, at.done = True, at.steps - at.done, 0
     copy_tensors(training.best, training.named)
+    for one in training.parameters:
+        one.grad = None  # memory for nothing
     model.eval()
     return at
 
@@ -257,19 +260,21 @@ class Training:
             torch.cuda.empty_cache()  # where there is none, it does nothing
             announce(f"Memory ran out: each batch is now computed in {2**at.halvings} times as many pieces.")
         self._join(loss)
-        self.losses.append(loss)
         self._clip()
-        self.optimizer.step(lr)
-        at.done, at.steps = at.done + 1, at.steps + 1
+        with undisturbed():
+            self.losses.append(loss)
+            self.optimizer.step(lr)
+            at.done, at.steps = at.done + 1, at.steps + 1
 
     def end_epoch(self, validation_loss: float, validation_accuracy: float, seconds: float, lr: float) -> None:
         """Note what the epoch came to, and its weights if it is the best."""
         at, train_loss = self.history, float(torch.stack(self.losses).mean())
-        at.epochs.append(Epoch(train_loss, validation_loss, validation_accuracy, seconds, lr))
-        if len(at.epochs) == 1 or self.schedule.prefers(at.epochs[-1], at.kept):
-            at.best = len(at.epochs) - 1
-            copy_tensors(self.named, self.best)
-        at.done, self.losses = 0, []
+        with undisturbed():
+            at.epochs.append(Epoch(train_loss, validation_loss, validation_accuracy, seconds, lr))
+            if len(at.epochs) == 1 or self.schedule.prefers(at.epochs[-1], at.kept):
+                at.best = len(at.epochs) - 1
+                copy_tensors(self.named, self.best)
+            at.done, self.losses = 0, []
 
     def _join(self, loss: torch.Tensor) -> None:
         """Sum the loss and the gradients over the processes that train together."""
@@ -308,9 +313,9 @@ class Training:
             loss.backward()
             return loss.detach()
         shares = [float(weights.sum() / whole.clamp_min(1e-12)) for _, _, weights in parts]
-
         total = torch.zeros((), device=self.parameters[0].device)
-        on_cpu = total.device.type == "cpu"  # of other devices each has its own queue, and they wait for nothing
+        # Where memory ran out, one after the other. Other devices have a queue each, and wait for nothing.
+        at_once = total.device.type == "cpu" and not self.history.halvings
         with one_step() if one_step is not None else contextlib.nullcontext(self.parameters) as leaves:
 
             def gradients(number: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
@@ -318,7 +323,7 @@ class Training:
                 found = torch.autograd.grad(loss, leaves, allow_unused=True)
                 return loss.detach(), [one.coalesce() if one is not None and one.is_sparse else one for one in found]
 
-            for loss, found in (side_by_side if on_cpu else map)(gradients, range(len(parts))):
+            for loss, found in (side_by_side if at_once else map)(gradients, range(len(parts))):
                 total += loss.to(total.device)
                 for number, gradient in enumerate(found):
                     if gradient is not None:
@@ -341,16 +346,17 @@ class Training:
     def _clip(self) -> None:
         """Scale the gradients down to the largest norm that is allowed."""
         given = [one.grad for one in self.parameters if one.grad is not None]
-        norm = nn.utils.get_total_norm(given, foreach=True)
+        norm = nn.utils.get_total_norm(given)
         if norm.device.type != "cpu" or not norm <= self.schedule.clip_norm:  # elsewhere to ask would be to wait
-            nn.utils.clip_grads_with_norm_(self.parameters, self.schedule.clip_norm, norm, foreach=True)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.schedule.clip_norm, norm)
 
     def _loss(self, part: Part) -> torch.Tensor:
         inputs, labels, weights = part
-        half = inputs[0].dtype == torch.bfloat16
+        half, where = inputs[0].dtype == torch.bfloat16, inputs[0].device
+        labels, weights = labels.to(where), weights.to(where)  # before work is queued, for which this would wait
         with torch.autocast(labels.device.type, torch.bfloat16) if half else contextlib.nullcontext():
             logits = self.model(*inputs).float()
-        return weighted_loss(logits, labels.to(logits.device), weights.to(logits.device))
+        return weighted_loss(logits, labels, weights)
 
 
 def _cut(part: Part, pieces: int) -> list[Part]:
@@ -389,15 +395,3 @@ class AdamW:
             gradients = [one.grad for one in given.values()]
             with torch.no_grad():
                 adamw(list(given.values()), gradients, means, squares, [], steps, lr=lr, weight_decay=decay, **same)
-
-
-@contextlib.contextmanager
-def termination() -> Iterator[threading.Event]:
-    """Set when SIGTERM comes during the block, if this is the main thread: only that may set handlers."""
-    event, here = threading.Event(), threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: event.set()) if here else None
-    try:
-        yield event
-    finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
