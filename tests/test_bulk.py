@@ -18,10 +18,12 @@ import pytest
 from headstart import bulk, parts, predict
 from headstart.bulk import Job, score_each, score_tables
 from headstart.cli import main
-from headstart.errors import DataError, InputError, RunError
+from headstart.errors import DataError, HeadstartError, InputError, RunError
 from headstart.parts import parts_of
 from headstart.predict import Predictor
 from tests.conftest import SMALL_ROWS
+
+MISSING = "cuda" if sys.platform == "darwin" else "mps"
 
 TEXTS = [text for text, _ in SMALL_ROWS]
 
@@ -31,7 +33,7 @@ def quiet(_: str) -> None:
 
 
 def label(run: Path, source: object, out: Path, **given: Any) -> dict[str, Any]:
-    return score_tables(Job(str(run), str(out), precision="fp32", device="cpu", **given), str(source), quiet)
+    return score_tables(Job(str(run), str(out), **{"precision": "fp32", "device": "cpu", **given}), str(source), quiet)
 
 
 def answers(out: Path) -> pl.DataFrame:
@@ -232,6 +234,41 @@ def test_whatever_is_wrong_with_one_table_the_others_are_scored(
     assert all("_mended" not in str(one["reason"]) for one in set_aside(tmp_path / "out"))
 
 
+def test_a_table_whose_header_is_damaged_is_set_aside_whole(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    (many / "d.csv").write_text('id,sentence,5" screen\n300,great,x\n301,so,x,y\n')
+    summary = label(tiny_run, many, tmp_path / "out")
+    assert (summary["scored"], summary["unreadable"]) == (200, 1)
+    (found,) = set_aside(tmp_path / "out")
+    assert (found["source"], found["row"]) == (str(many / "d.csv"), None)
+
+
+def test_a_table_whose_name_is_no_text(tiny_run: Path, many: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(many) + b"/caf\xe9.csv")
+    Path(name).write_text("id,sentence\n300,great\n301,\n302,so,so\n")
+    summary = label(tiny_run, many, tmp_path / "out")
+    assert (summary["scored"], summary["unreadable"]) == (200, 1)
+    assert [one["source"] for one in set_aside(tmp_path / "out")] == [name]
+
+
+def test_storage_that_refuses_is_no_fault_of_a_table(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/d.csv", b"id,sentence\n300,great\n301,so,so\n")
+    write = type(memory).pipe_file
+
+    def refuse(self: Any, path: str, *content: Any) -> None:
+        if "_mended" in path:
+            raise RuntimeError("slow down")  # as stores' libraries have errors of their own
+        write(self, path, *content)
+
+    monkeypatch.setattr(type(memory), "pipe_file", refuse)
+    job = Job(str(tiny_run), "memory://answers", precision="fp32", device="cpu")
+    with pytest.raises(InputError, match=r"memory://answers: storage .* refuses \(slow down\)"):
+        score_tables(job, "memory://bucket/*", quiet)
+    assert not memory.exists("/answers/_plan.json")
+
+
 def test_bytes_that_are_no_text_are_set_aside(tiny_run: Path, tmp_path: Path) -> None:
     pl.DataFrame({"id": [0, 1], "sentence": [b"great", b"\xff\xfe"]}).write_parquet(tmp_path / "a.parquet")
     summary = label(tiny_run, tmp_path / "a.parquet", tmp_path / "out")
@@ -258,8 +295,9 @@ def test_a_table_that_changes_under_way_stops_the_job(tiny_run: Path, many: Path
 
 
 def test_what_is_wrong_with_the_classifier_is_told_before_anything_is_written(tiny_run: Path, many: Path) -> None:
-    for run, more in ((tiny_run / "nothing", {}), (tiny_run, {"min_confidence": 7.0})):
-        with pytest.raises(InputError, match=r"no such run folder|a number from 0 to 1"):
+    wrong: list[dict[str, Any]] = [{"min_confidence": 7.0}, {"device": MISSING}, {"device": "cpu", "precision": "fp16"}]
+    for run, more in ((tiny_run / "nothing", {}), *((tiny_run, one) for one in wrong)):
+        with pytest.raises(HeadstartError, match=r"no such run folder|from 0 to 1|machine has none|--precision fp16"):
             label(run, many, many / "out", **more)
         assert not (many / "out").exists()
 
@@ -323,6 +361,7 @@ def killed_now_and_then(command: list[str], out: Path, times: int) -> Iterator[i
         end = time.monotonic() + 120
         while len(list(out.glob("part-*"))) == there and process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
+        time.sleep(0.05)  # for the next part to be begun
         yield process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -115,7 +115,7 @@ def test_the_public_surface() -> None:
     assert all(callable(getattr(headstart, name)) for name in headstart.__all__)
 
 
-BUDGET, OVER = 4500, 5170
+BUDGET, OVER = 4500, 5268
 """Lines that the source may have, and by how many it is over them: see docs/decisions.md."""
 
 

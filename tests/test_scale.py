@@ -21,7 +21,6 @@ from headstart.errors import InputError
 from tests.conftest import BAD, GOOD, NOUNS, write_csv
 from tests.nodes import HEADSTART, Begin, Nodes, ended, free_port, listening
 
-pytestmark = pytest.mark.xdist_group("ray")
 TEXTS = [f"the {noun} was {word}" for noun in NOUNS for word in (*GOOD, *BAD)]
 
 
@@ -57,6 +56,30 @@ def wait_until(true: Callable[[], Any], what: str, seconds: float = 120) -> Any:
             return found
         time.sleep(0.002)
     raise AssertionError(f"waited in vain for {what}")
+
+
+@pytest.mark.slow
+def test_an_error_of_ours_while_parts_are_scored_comes_back_as_it_was(
+    begin: Begin, small_disk: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    source = write_tables(tmp_path / "in", 20_000, 4)
+    _, err = ended(begin(*scoring(tiny_run, source, small_disk / "out")), 2)
+    assert err.splitlines()[-1].startswith(f"headstart: {small_disk / 'out'}: the disk is full")
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_sigterm_while_workers_train(begin: Begin, tiny_bert: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "noise.csv", [(f"{text} {i}", "ab"[i % 2]) for i, text in enumerate(TEXTS * 30)])
+    arguments = [*fine_tuning(table, tiny_bert, out := tmp_path / "out"), "--workers", "2"]
+    process = begin(*arguments)
+    wait_until(lambda: process.poll() is not None or any(out.glob("checkpoint-*/")), "a checkpoint")
+    process.terminate()
+    _, err = ended(process, 143)
+    assert "--resume" in err.splitlines()[-1]
+    assert not (out / "metrics.json").exists()
+    ended(begin(*arguments, "--resume"))
+    assert (out / "metrics.json").is_file()
 
 
 def write_tables(folder: Path, rows: int, tables: int) -> Path:
@@ -196,7 +219,8 @@ def test_two_workers_of_which_one_is_killed_train_the_bytes_of_one_process(
     given = {"HEADSTART_CACHE_DIR": str(tmp_path / "c2"), "OMP_NUM_THREADS": "2"}
     process = begin(*fine_tuning(table, tiny_bert, out), "--workers", "2", nodes=nodes, **given)
     wait_until(lambda: process.poll() is not None or len(list(out.glob("checkpoint-*/"))) > 1, "checkpoints")
-    assert set(listening(psutil.Process(nodes.process.pid).children(recursive=True))) == {"127.0.0.1"}
+    family = [*psutil.Process(nodes.process.pid).children(recursive=True), psutil.Process(process.pid)]
+    assert set(listening(family)) == {"127.0.0.1"}
     last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*/"))
     workers = [one for one in psutil.process_iter(["name"]) if one.info["name"].startswith("ray::RayTrain")]
     ours = [one for one in workers if one.ppid() in nodes.raylets]
@@ -267,6 +291,10 @@ def test_nothing_of_ray_is_imported_unless_asked_for(tiny_run: Path, tmp_path: P
         (["train", "sample", "--workers", "2"], "goes with --thaw K"),
         (["train", "sample", "--workers", "2", "--thaw", "all"], "--workers N goes with --ray"),
         (["train", "sample", "--ray", "--dry-run"], "about this machine"),
+        (["train", "sample", "--workers", "2", "--thaw", "all", "--dry-run"], "--workers N goes with --ray"),
+        (["predict", "RUN", "so", "--workers", "2"], "--workers N goes with --ray"),
+        (["predict", "RUN", "--input", "sample", "--output", "o.csv", "--ray"], "--output DIR"),
+        (["serve", "RUN", "--ray", "--read-timeout", "3"], "goes without --ray"),
         (["predict", "RUN", "so", "--ray=local"], "--ray goes with --input"),
         (["predict", "RUN", "--input", "sample", "--ray"], "--output DIR"),
         (["predict", "RUN", "--input", "sample", "--output", "o", "--ray", "--workers", "0"], "more than 0"),

@@ -34,7 +34,7 @@ from headstart.places import Place, find_tables, near
 from headstart.predict import Predictor, Scores, load, read_parts
 from headstart.progress import bar
 from headstart.runs import HUB_FILES, read_json
-from headstart.tables import count_rows, file_format, find_column, rows_one_by_one, scan
+from headstart.tables import count_rows, file_format, find_column, is_delimited, rows_one_by_one, scan
 
 MOST_ATTEMPTS = 10  # a part that so many have begun and none has ended is set aside: it is what ends them
 PLAN, SUMMARY = "_plan.json", "_summary.json"
@@ -89,7 +89,7 @@ def measure(job: Job, found: tuple[str, str]) -> Table:
         return _measured(job, table)
     except UNREADABLE as error:
         problem = str(error)
-    name = hashlib.sha256(table.source.encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(table.source)).hexdigest()[:16]
     with contextlib.suppress(*UNREADABLE):  # then nothing of it can be saved, and `problem` has been told above
         mended = _mended(job, table, name)
         if mended is not None:
@@ -110,6 +110,8 @@ def _mended(job: Job, table: Table, name: str) -> Table | None:
                 good.append(line)
                 continue
             gaps.append(row)
+            if row == 1 and reason is not None and ending in (".csv", ".tsv"):
+                return None  # it says what the columns are
             if reason is not None:
                 record = line.decode("utf-8", "replace").rstrip("\n")
                 bad.append({"source": table.source, "row": row, "reason": reason, "record": record})
@@ -126,6 +128,10 @@ def _measured(job: Job, table: Table) -> Table:
         schema = frame.collect_schema()
         whole = file_format(path) != ".parquet"  # which knows its rows; of others all is read, to see whether it can be
         rows = sum(part.height for part in read_parts(frame, path)) if whole else int(count_rows(path))
+        if not rows and is_delimited(path):  # polars takes all to be the header if that has half a quote
+            for _, reason in rows_one_by_one(path):
+                if reason is not None:
+                    raise DataError(f"{table.source}: has no rows that can be told apart ({reason}).")
     trained_on = _trained_on(job.run)
     try:
         wanted = trained_on if job.text is None and trained_on in schema else job.text
@@ -154,7 +160,7 @@ class Scorer:
     def __call__(self, part: Part) -> Json:
         """Score a part, and write what is set aside, then its file; what it came to, with wall seconds."""
         begun, attempts = time.perf_counter(), len(self.place.names(f"{BEGUN}/{part.name}"))
-        if f"{part.name}.parquet" in self.place.names():  # by another, who was thought to be lost
+        if self.place.has(f"{part.name}.parquet"):  # by another, who was thought to be lost
             return {"name": part.name, **dict.fromkeys(NOTED, 0), "rows": part.rows}
         marker = f"{BEGUN}/{part.name}/{uuid.uuid4().hex}"
         self.place.write(marker, f"{platform.node()} {os.getpid()}".encode())
@@ -223,11 +229,13 @@ def score_tables(
     announce: Callable[[str], None],
     each: Each = map,
     score: Callable[[Job, Sequence[Part]], Iterator[Json]] = in_process,
+    check: Callable[[Job], object] = Job.load,
 ) -> Json:
     """Score tables into parquet files, or go on where that was interrupted; returns what is in `_summary.json`.
 
-    `each` looks at tables and `score` scores parts, here or elsewhere, in any order. An `InputError`, and nothing is
-    scored, if there are no tables, one lacks a text column, or the folder holds something else.
+    `each` looks at tables and `score` scores parts, here or elsewhere, in any order; `check` loads the classifier
+    there, so that what is amiss with it is told before anything is written. An `InputError`, and nothing is scored, if
+    there are no tables, one lacks a text column, or the folder holds something else.
     """
     place, found = job.place, find_tables(source, job.output)
     names, key = place.names(), job.key(found)
@@ -240,8 +248,7 @@ def score_tables(
         return dict(json.loads(place.read(SUMMARY)))
     tables = [Table(*one) for one in plan.get("tables", ())]
     if not plan:
-        # What is amiss with the classifier is told before anything is written; others may have the device.
-        replace(job, device="cpu", precision="auto").load()
+        check(job)
         tables = look_at(job, found, each)
         place.write(PLAN, json.dumps({"key": key, "tables": tables}).encode())
     parts = parts_of(tables)
@@ -296,7 +303,7 @@ def summarise(job: Job, tables: Sequence[Table], parts: Sequence[Part], now: Jso
     summary |= {
         "set_aside": aside - unread,
         "parts": len(parts),
-        "rows_begun_again": sum(begun) - sum(rows_of.values()),
+        "rows_begun_again": max(0, sum(begun) - sum(rows_of.values())),
     }
     summary |= {"now": {name: round(now.get(name, 0), 3) for name in (*NOTED, "seconds")}}
     place.write(SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")

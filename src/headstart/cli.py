@@ -133,11 +133,13 @@ def train(
         note(f"{save_config}: has these settings now; --config reads them.")
     if workers is not None and chosen.thaw in ("0", "auto"):
         raise InputError("--workers N shares out fine-tuning: it goes with --thaw K or --thaw all.")
+    check_workers(ray, workers)
     if ray is not None and (chosen.dry_run or selfcheck_resume):
         raise InputError("--ray trains; --dry-run and --selfcheck-resume are about this machine.")
     import psutil
 
     from headstart import run, selfcheck
+    from headstart.encoder import choose_placement
 
     if selfcheck_resume:
         say(selfcheck.check_resume(chosen, note))
@@ -151,6 +153,8 @@ def train(
             means = run.HERE
             if cluster is not None:
                 fine_tune = cluster.fine_tune if workers is not None else means.fine_tune
+                if workers is not None:
+                    cluster.seats(choose_placement(chosen.device, "auto").device.type)  # or they are refused at once
                 means = run.Means(cluster.encode, fine_tune)
             result = run.train(chosen, started, note, means)
         note(*result.notices)
@@ -191,6 +195,7 @@ def predict_command(
     workers: WorkersOption = None,
 ) -> None:
     """Label texts given as arguments, on stdin (a text a line), in a table, or in many (a pattern) into a folder."""
+    check_workers(ray, workers)
     if texts and source is not None:
         raise InputError("Give texts or --input, not both.")
     if source is None and not texts and sys.stdin.isatty():
@@ -202,14 +207,16 @@ def predict_command(
     if ray is not None and source in (None, "-"):
         raise InputError("--ray goes with --input, and --output DIR: texts by themselves are labelled here.")
     if source is not None and source != "-" and (ray is not None or tables.is_many(source, output)):
-        if output in (None, "-"):
+        if output in (None, "-") or tables.ENDING.search(str(output)):
             raise InputError("Many tables are labelled into a folder: give --output DIR.")
         from headstart import bulk, report
         from headstart.places import absolute
 
         job = bulk.Job(absolute(folder), absolute(str(output)), text, min_confidence, device, precision)
         with cluster_at(ray, workers) as cluster:
-            how: dict[str, Any] = {} if cluster is None else {"each": cluster.each, "score": cluster.score}
+            how: dict[str, Any] = {}
+            if cluster is not None:
+                how = {"each": cluster.each, "score": cluster.score, "check": cluster.check}
             summary = bulk.score_tables(job, source, note, **how)
         say(report.filled("bulk.txt", {**summary, "output": output}))
         return
@@ -381,6 +388,8 @@ def serve(
         from headstart.serve import server
     except ImportError as error:
         raise InputError("serve needs more. Install it with: pip install 'headstart[serve]'") from error
+    if ray is not None and read_timeout is not None:
+        raise InputError("--read-timeout goes without --ray, whose own server reads requests.")
     with cluster_at(ray, workers) as cluster:
         if cluster is None:
             server.serve(folder, config, device, precision, note)
@@ -436,13 +445,18 @@ def demo(out: Annotated[str, opt("--out DIR", "The run folder.")] = "runs/demo")
     predict_command(out, texts)
 
 
-@contextlib.contextmanager
-def cluster_at(address: str | None, workers: int | None) -> Iterator[Any]:
-    """The Ray cluster that was asked for, None without one; nothing of Ray is imported then."""
-    if address is None and workers is not None:
+def check_workers(ray: str | None, workers: int | None) -> None:
+    """Refuse a number of workers that cannot be, or without a cluster."""
+    if ray is None and workers is not None:
         raise InputError("--workers N goes with --ray.")
     if workers is not None and workers < 1:
         raise InputError(f"--workers must be more than 0, and {workers} was given.")
+
+
+@contextlib.contextmanager
+def cluster_at(address: str | None, workers: int | None) -> Iterator[Any]:
+    """The Ray cluster that was asked for, None without one; nothing of Ray is imported then."""
+    check_workers(address, workers)
     if address is None:
         yield None
         return

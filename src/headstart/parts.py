@@ -126,4 +126,6 @@ def _decoded(content: bytes | None) -> str | None:
 
 def records(found: Sequence[Json]) -> bytes:
     """JSON, a record a line."""
-    return b"".join(json.dumps(one, ensure_ascii=False, default=str).encode() + b"\n" for one in found)
+    return b"".join(
+        json.dumps(one, ensure_ascii=False, default=str).encode(errors="backslashreplace") + b"\n" for one in found
+    )

@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from headstart.errors import DataError, InputError, disk_errno, disk_errors
+from headstart.errors import DataError, HeadstartError, InputError, disk_errno, disk_errors
 from headstart.folders import whole_file
 from headstart.tables import ENDING, file_format, is_remote, resolve_path
 
@@ -35,24 +35,32 @@ class Place:
     def write(self, name: str, content: bytes) -> None:
         """Put a file there; object stores have it whole or not at all by themselves."""
         if is_remote(self.url):
-            self.fs.pipe_file(f"{self.path}/{name}", content)
+            with within_reach(self.url):
+                self.fs.pipe_file(f"{self.path}/{name}", content)
         else:
             with disk_errors(self.url), whole_file(Path(self.path) / name) as temporary:
                 temporary.write_bytes(content)
 
     def read(self, name: str) -> bytes:
         """The content of a file."""
-        return bytes(self.fs.cat_file(f"{self.path}/{name}"))
+        with within_reach(self.url):
+            return bytes(self.fs.cat_file(f"{self.path}/{name}"))
 
     def names(self, folder: str = "") -> list[str]:
         """The names in it, or in a folder in it, sorted, without hidden ones; none where that is not there."""
         self.fs.invalidate_cache()  # others write there, too
-        try:
-            found = self.fs.ls(f"{self.path}/{folder}".rstrip("/"), detail=False)
-        except FileNotFoundError:
-            return []
+        with within_reach(self.url):
+            try:
+                found = self.fs.ls(f"{self.path}/{folder}".rstrip("/"), detail=False)
+            except FileNotFoundError:
+                return []
         names = (one.rstrip("/").rpartition("/")[2] for one in found)
         return sorted(name for name in names if name and not name.startswith("."))
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        self.fs.invalidate_cache()  # others write there, too
+        return bool(self.fs.exists(f"{self.path}/{name}"))
 
     def remove(self, name: str) -> None:
         """Delete a file or folder, if it is there."""
@@ -78,6 +86,20 @@ def reach(url: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
+@contextlib.contextmanager
+def within_reach(url: str, problem: str = "storage cannot be reached or refuses") -> Iterator[None]:
+    """Turn a refusal of storage, of which each kind has errors of its own, into an `InputError` about `url`."""
+    try:
+        yield
+    except HeadstartError:
+        raise
+    except Exception as error:
+        if not is_remote(url) and not isinstance(error, OSError):
+            raise
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{url}: {problem} ({why}).") from error
+
+
 def absolute(source: str) -> str:
     """A path as others need it, who work in other folders."""
     return source if is_remote(source) else str(Path(source.removeprefix("file://")).absolute())
@@ -90,20 +112,22 @@ def find_tables(source: str, output: str) -> dict[str, str]:
     no table.
     """
     fs, path = reach(absolute(resolve_path(source)))
-    if fs.isfile(path):
-        file_format(path)
-        found = [path]
-    else:
-        found = fs.ls(path, detail=False) if fs.isdir(path) else fs.glob(path)
     aside = reach(output)[1].rstrip("/") + "/"
-    named = (name for name in sorted(found) if ENDING.search(name) and name.rpartition("/")[2][0] not in "._")
-    tables = {
-        fs.unstrip_protocol(name) if is_remote(source) else name: _version(fs.info(name))
-        for name in named
-        if fs.isfile(name) and not name.startswith(aside)
-    }
+    with within_reach(source):
+        if fs.isfile(path):
+            file_format(path)
+            found = [path]
+        else:
+            found = fs.ls(path, detail=False) if fs.isdir(path) else fs.glob(path)
+        named = (name for name in sorted(found) if ENDING.search(name) and name.rpartition("/")[2][0] not in "._")
+        tables = {
+            fs.unstrip_protocol(name) if is_remote(source) else name: _version(fs.info(name))
+            for name in named
+            if fs.isfile(name) and not name.startswith(aside)
+        }
     if not tables:
-        raise DataError(f"{source}: there is no table of that name or pattern. Check the path.")
+        passed = "those whose names begin with . or _ are passed over"
+        raise DataError(f"{source}: there is no table of that name or pattern ({passed}). Check the path.")
     return tables
 
 
@@ -124,20 +148,19 @@ def near(source: str) -> Iterator[str]:
     """A path on this machine to what is at `source`, good within the block; an `InputError` if it is out of reach.
 
     So it is if the disk refuses within the block: that is no fault of what is there. Of elsewhere it is a copy, of
-    which the last two are kept.
+    which the last two are kept. A `DataError` if polars cannot open a file of that name.
     """
-    refused = f"{source}: cannot be read on {platform.node()}"
-    try:
-        with LOCK:
-            file = _copy_of(source) if is_remote(source) else None
+    problem = f"cannot be read on {platform.node()}"
+    if source.encode(errors="replace").decode() != source:
+        raise DataError(f"{source}: its name is not UTF-8. Rename it.")
+    with LOCK, within_reach(source, problem):
+        file = _copy_of(source) if is_remote(source) else None
         path = source if file is None else str(file.name)
         open(path, "rb").close()
-    except OSError as error:
-        raise InputError(f"{refused} ({error.strerror or str(error) or type(error).__name__}).") from error
     try:
         yield path
     except (OSError, DataError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, Exception) or (number := disk_errno(cause)) is None:
             raise
-        raise InputError(f"{refused} ({os.strerror(number)}).") from error
+        raise InputError(f"{source}: {problem} ({os.strerror(number)}).") from error

@@ -8,12 +8,12 @@ import functools
 import json
 import logging
 import os
+import pickle
 import secrets
 import signal
 import socket
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -47,6 +47,7 @@ TASK_BATCHES = 16  # batches of 2,048 tokens encoded by one task: a second or mo
 CONNECT = 5  # seconds to wait for a cluster
 MOST_RESTARTS = 20  # so often workers may die until fine-tuning gives up
 AHEAD = 4  # tasks handed out for each worker, so that none waits for the one whose turn it is
+ON_SIGTERM = "SIGTERM: the work on Ray was ended. The same command goes on with what was kept; training, with --resume."
 RAY_FILES, TOLD = "ray", "told.txt"  # in a run folder while it is fine-tuned
 # What workers need of the environment. No keys: Ray writes these into its logs.
 PASSED_ON = ("HEADSTART_CACHE_MAX_BYTES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -75,6 +76,12 @@ def connected(address: str, workers: int | None) -> Iterator["Cluster"]:
         raise InputError("--ray needs more. Install it with: pip install 'headstart[ray]'") from error
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     passed["HEADSTART_CACHE_DIR"] = str(cache_folder().absolute())
+    terminated, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def end(*_: Any) -> None:
+        terminated.set()
+        raise KeyboardInterrupt  # while Ray waits, it makes this of whatever a handler raises
+
     try:
         ray.init(**given, runtime_env={"env_vars": passed}, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -85,8 +92,14 @@ def connected(address: str, workers: int | None) -> Iterator["Cluster"]:
         gpus = int(has.get("GPU", 0))
         with contextlib.redirect_stdout(sys.stderr):  # where Ray brings what workers and machines say
             here = all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes())
-            yield Cluster(workers, gpus, max(1, int(has.get("CPU", 1))), here)
+            signal.signal(signal.SIGTERM, end)
+            yield Cluster(workers, gpus, max(1, int(has.get("CPU", 1))), here, terminated)
+    except (KeyboardInterrupt, HeadstartError) as error:
+        if terminated.is_set():
+            raise TerminatedError(ON_SIGTERM) from error
+        raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
 
 
@@ -108,18 +121,26 @@ class Cluster(NamedTuple):
     gpus: int
     cores: int
     on_loopback: bool  # all its machines are this one
+    terminated: threading.Event  # by SIGTERM
 
     def room(self, device: Device) -> tuple[int, Json]:
         """How many workers compute on such a device at once, and what each takes: a GPU, or else a core."""
         on_gpus = self.gpus > 0 and device != "cpu"
         return self.asked or (self.gpus if on_gpus else self.cores), {"num_gpus" if on_gpus else "num_cpus": 1}
 
+    def seats(self, device: Device) -> tuple[int, int]:
+        """How many workers train together, and the threads of each; an `InputError` if there is no room for them."""
+        (workers, _), on_gpus = self.room(device), device == "cuda"
+        most = threads_each(workers, shares_of_nodes("GPU" if on_gpus else "CPU"))
+        return workers, 1 if on_gpus else most
+
     def each(self, function: Callable[[Any], Any], items: Iterable[Any], device: Device = "cpu") -> Iterator[Any]:
         """`function` of each item, in order; what is lost with a machine is begun again elsewhere."""
         import ray
 
         workers, share = self.room(device)
-        task = ray.remote(**share, max_retries=MOST_ATTEMPTS)(lambda function, item: function(item))
+        # By `max_calls` a worker stays, with its encoder, also where it has a GPU.
+        task = ray.remote(**share, max_retries=MOST_ATTEMPTS, max_calls=0)(lambda function, item: function(item))
         left, waiting, known = iter(items), deque[Any](), ray.put(function)
         while True:
             waiting.extend(task.remote(known, item) for item in islice(left, AHEAD * workers - len(waiting)))
@@ -140,11 +161,19 @@ class Cluster(NamedTuple):
         data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         items = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
-        workers, share = self.room("cpu" if is_by_onnx(job.run, job.device, job.precision) else job.device)
+        workers, share = self.room(device_of(job))
         pool = data.ActorPoolStrategy(min_size=1, max_size=workers)
         done = items.map_batches(Actor, fn_constructor_args=(job,), batch_size=1, compute=pool, **share)
         with own_errors():
-            yield from (json.loads(one["done"]) for one in done.iter_rows())
+            for row in done.iter_rows():
+                found = pickle.loads(row["done"])  # made by this very program
+                if isinstance(found, HeadstartError):
+                    raise found
+                yield found
+
+    def check(self, job: Job) -> None:
+        """Load its classifier where it will be, so that what is amiss is told before anything is done."""
+        list(self.each(_load, [job], device_of(job)))
 
     def encode(self, encoder: Encoder, tokens: Tokens, layout: Sequence[str]) -> Iterator[Batch]:
         """As `encoder.encode`, with the same batches, so to the same bytes where processors are alike."""
@@ -180,9 +209,7 @@ class Cluster(NamedTuple):
                     raise found
 
         folder, on_gpus = checkpoints.folder.absolute(), task.encoder.placement.device.type == "cuda"
-        workers, _ = self.room("cuda" if on_gpus else "cpu")
-        each = threads_each(workers, shares_of_nodes("GPU" if on_gpus else "CPU"))
-        threads = 1 if on_gpus else each
+        workers, threads = self.seats("cuda" if on_gpus else "cpu")
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         given = {"depth": depth, "folder": str(folder), "minutes": checkpoints.minutes}
         given |= {"task": ray.put(ray.cloudpickle.dumps(task)), "backend": backend, "threads": threads}
@@ -199,7 +226,7 @@ class Cluster(NamedTuple):
             ),
         )
         try:
-            with own_errors(), told(folder / RAY_FILES, checkpoints.announce), interruptible():
+            with own_errors(), told(folder / RAY_FILES, checkpoints.announce), interruptible(self.terminated):
                 trainer.fit()
         except TrainingFailedError as error:
             why = next((line for line in reversed(str(error).splitlines()) if line.strip()), "it is not known why")
@@ -219,13 +246,22 @@ class Actor:
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(1)  # whatever the node's environment says
-        self.scorer = Scorer(job)
+        self.job = job
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """Made for the first part: of an actor that does not come to be, Ray tells only that it died."""
+        return Scorer(self.job)
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Score the one part of a batch."""
+        """Score the one part of a batch; what it came to, or an error of ours, to which Ray would add words."""
         name, slices = json.loads(batch["part"][0])
         part = Part(name, [Slice(Table(*table), *rows) for table, *rows in slices])
-        return {"done": [json.dumps(self.scorer(part))]}
+        try:
+            found: Json | HeadstartError = self.scorer(part)
+        except HeadstartError as error:
+            found = error
+        return {"done": [pickle.dumps(found)]}
 
 
 @contextlib.contextmanager
@@ -266,15 +302,27 @@ def shares_of_nodes(kind: Literal["CPU", "GPU"]) -> list[int]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C within the block is a KeyboardInterrupt: Ray Train takes it for itself, exits, and keeps it."""
+def interruptible(terminated: threading.Event) -> Iterator[None]:
+    """Ctrl-C within the block is a KeyboardInterrupt: Ray Train takes it for itself, exits, and keeps it.
+
+    A `TerminatedError` if it was SIGTERM: then there is no best so far to be tested.
+    """
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as end:
-        raise KeyboardInterrupt from end
+    except (SystemExit, KeyboardInterrupt) as end:
+        raise TerminatedError(ON_SIGTERM) if terminated.is_set() else KeyboardInterrupt from end
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def device_of(job: Job) -> Device:
+    """Where it is scored: what onnxruntime computes needs no GPU."""
+    return "cpu" if is_by_onnx(job.run, job.device, job.precision) else job.device
+
+
+def _load(job: Job) -> None:
+    job.load()
 
 
 def _encode(
@@ -304,9 +352,10 @@ def _fine_tune(given: Json) -> None:
     folder, rank = Path(given["folder"]), seat().rank
 
     def announce(said: str) -> None:
-        if rank == 0:
-            with open(folder / RAY_FILES / TOLD, "a", encoding="utf-8") as file:
-                file.write(said + "\n")
+        with contextlib.suppress(OSError):  # of a disk that is not shared; what it leads to is told at the end
+            if rank == 0:
+                with open(folder / RAY_FILES / TOLD, "a", encoding="utf-8") as file:
+                    file.write(said + "\n")
 
     def on_epoch(number: int, epoch: Epoch) -> bool:
         announce(f"Epoch {number + 1:<3} {epoch.words()}, {epoch.seconds:,.0f} s")
@@ -333,7 +382,7 @@ def _join(backend: str) -> None:
         store = distributed.TCPStore(*broadcast_from_rank_zero(None), size)
     for name, addresses in psutil.net_if_addrs().items():
         if host in {one.address for one in addresses}:
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
@@ -345,7 +394,9 @@ def told(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
     ended = threading.Event()
 
     def listen(file: TextIO) -> None:
-        while not ended.wait(0.2):
+        over = False
+        while not over:
+            over = ended.wait(0.2)  # and once more, for the last words
             for line in file:
                 announce(line.rstrip())
 
@@ -355,6 +406,5 @@ def told(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            time.sleep(0.3)  # for the last words
             ended.set()
             listener.join()

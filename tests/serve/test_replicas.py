@@ -55,6 +55,7 @@ def test_replicas_answer_as_one_server_and_all_of_ray_listens_on_loopback(begin:
     assert {answer["error_type"] for status, answer in answers if status == 429} == {"Overloaded"}
     assert ask(port, "/predict", {"inputs": "the film was superb"}) == (200, answer)
     family = psutil.Process(process.pid).children(recursive=True)
+    family.append(psutil.Process(process.pid))
     addresses = listening(family)
     assert len(addresses) > 8
     assert set(addresses) == {"127.0.0.1"}

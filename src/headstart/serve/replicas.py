@@ -14,9 +14,10 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from headstart import predict
+from headstart.bulk import Job
 from headstart.config import Device, Precision, ServeConfig
 from headstart.errors import InputError, StoppedEarlyError, count_of
-from headstart.scale import Cluster, shares_of_nodes, threads_each
+from headstart.scale import Cluster, device_of, shares_of_nodes, threads_each
 from headstart.serve.guard import key_of
 from headstart.serve.server import bind, url_of, warn_of_strangers
 
@@ -35,9 +36,9 @@ def serve(
     """
     key, on_loopback = key_of(config), cluster.on_loopback
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # What is amiss is told here, and not by replicas, which have the device.
-    predict.load(run, device="cpu", min_confidence=config.min_confidence)
-    workers, share = cluster.room("cpu" if predict.is_by_onnx(run, device, precision) else device)
+    job = Job(run, "", None, config.min_confidence, device, precision, math.inf)
+    cluster.check(job)  # what is amiss is told here, and not by replicas
+    workers, share = cluster.room(device_of(job))
     threads_each(workers, shares_of_nodes("GPU" if "num_gpus" in share else "CPU"))
     if (there := ray_serve.status()).proxies or there.applications:
         raise InputError("--ray: the cluster serves something already. End that first: serve shutdown.")
@@ -60,6 +61,7 @@ def serve(
         # It is the replica's own queue that refuses, by a 429; Ray's would say 503.
         max_ongoing_requests=config.max_connections,
         max_queued_requests=config.max_connections,
+        graceful_shutdown_timeout_s=config.timeout,
     )
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as long as Ray waits for replicas
