@@ -54,6 +54,7 @@ ROOMS = (
     "serve.guard",
     "serve.app",
     "serve.server",
+    "workers",
     "scale",
     "serve.replicas",
     "__init__",
@@ -115,7 +116,7 @@ def test_the_public_surface() -> None:
     assert all(callable(getattr(headstart, name)) for name in headstart.__all__)
 
 
-BUDGET, OVER = 4500, 5268
+BUDGET, OVER = 4500, 5296
 """Lines that the source may have, and by how many it is over them: see docs/decisions.md."""
 
 

@@ -255,7 +255,8 @@ def test_ctrl_c_while_workers_train(begin: Begin, nodes: Nodes, tiny_bert: Path,
 
 
 def test_what_an_earlier_run_said_is_not_said_again(tmp_path: Path) -> None:
-    from headstart.scale import TOLD, told
+    from headstart.scale import told
+    from headstart.workers import TOLD
 
     (tmp_path / TOLD).write_text("an epoch of another run\n")
     said: list[str] = []

@@ -226,6 +226,13 @@ def test_states_that_cannot_be_kept_are_one_sentence(task: Callable[..., FineTun
 # --- the arithmetic
 
 
+def test_gradients_are_never_in_fp16_where_small_ones_would_be_0(task: Callable[..., FineTuning]) -> None:
+    given = task()
+    half = Encoder(given.encoder.source, replace(CPU, precision="fp16"))
+    model, _ = replace(given, encoder=half).thawed("all")
+    assert (half.placement.dtype, model.placement.dtype) == (torch.float16, torch.float32)
+
+
 @pytest.mark.parametrize("family", NATIVE_HEADS)
 @pytest.mark.parametrize("depth", [1, 2, 3, "all"])
 def test_logits_and_gradients_are_transformers(family: str, depth: Any, task: Callable[..., FineTuning]) -> None:

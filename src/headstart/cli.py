@@ -381,6 +381,7 @@ def serve(
 ) -> None:
     """Answer over HTTP, with a page to try it at /, as text-embeddings-inference and Hugging Face's clients ask."""
     given = dict(locals())  # each parameter is a setting, but for these
+    check_workers(ray, workers)
     for name in ("folder", "device", "precision", "ray", "workers"):
         del given[name]
     config = ServeConfig(**{name: value for name, value in given.items() if value is not None})
@@ -456,7 +457,6 @@ def check_workers(ray: str | None, workers: int | None) -> None:
 @contextlib.contextmanager
 def cluster_at(address: str | None, workers: int | None) -> Iterator[Any]:
     """The Ray cluster that was asked for, None without one; nothing of Ray is imported then."""
-    check_workers(address, workers)
     if address is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Many machines, by Ray: scoring, encoding and fine-tuning there. Only this room, and that of replicas, knows Ray.
+"""Many machines, by Ray: scoring, encoding, fine-tuning there. Only this room, `workers` and `serve.replicas` know Ray.
 
 Work goes out in pieces whose results depend on the piece alone: where it is done, and how often, changes nothing.
 """
@@ -21,26 +21,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
-import psutil
-import torch
-from numpy.typing import NDArray
-from torch import distributed
 
-from headstart.bulk import MOST_ATTEMPTS, Job, Scorer
+from headstart.bulk import MOST_ATTEMPTS, Job
 from headstart.checkpoints import Checkpoints
-from headstart.config import Device, Precision
-from headstart.encoder import Batch, Encoder, choose_placement, encode_batch
-from headstart.errors import HeadstartError, InputError, ModelError, TerminatedError, UnevenError
+from headstart.config import Device
+from headstart.encoder import Batch, Encoder
+from headstart.errors import HeadstartError, InputError, TerminatedError, UnevenError
 from headstart.features import cache_folder
 from headstart.model import Depth
 from headstart.parallel import cores
-from headstart.parts import Part, Slice, Table
-from headstart.peers import seat
+from headstart.parts import Part
 from headstart.predict import is_by_onnx
-from headstart.recent import kept_encoder
 from headstart.thaw import FineTuning, OnEpoch, Thawed
 from headstart.tokens import Tokens, like_length_batches
-from headstart.train import Epoch
+from headstart.workers import RAY_FILES, TOLD, Actor, encode, fine_tune, load
 
 LOCAL = "local"
 TASK_BATCHES = 16  # batches of 2,048 tokens encoded by one task: a second or more, and some megabytes of features
@@ -48,7 +42,6 @@ CONNECT = 5  # seconds to wait for a cluster
 MOST_RESTARTS = 20  # so often workers may die until fine-tuning gives up
 AHEAD = 4  # tasks handed out for each worker, so that none waits for the one whose turn it is
 ON_SIGTERM = "SIGTERM: the work on Ray was ended. The same command goes on with what was kept; training, with --resume."
-RAY_FILES, TOLD = "ray", "told.txt"  # in a run folder while it is fine-tuned
 # What workers need of the environment. No keys: Ray writes these into its logs.
 PASSED_ON = ("HEADSTART_CACHE_MAX_BYTES", "HF_HOME", "HF_HUB_OFFLINE")
 Json = dict[str, Any]
@@ -173,7 +166,7 @@ class Cluster(NamedTuple):
 
     def check(self, job: Job) -> None:
         """Load its classifier where it will be, so that what is amiss is told before anything is done."""
-        list(self.each(_load, [job], device_of(job)))
+        list(self.each(load, [job], device_of(job)))
 
     def encode(self, encoder: Encoder, tokens: Tokens, layout: Sequence[str]) -> Iterator[Batch]:
         """As `encoder.encode`, with the same batches, so to the same bytes where processors are alike."""
@@ -181,7 +174,7 @@ class Cluster(NamedTuple):
         packs = (batches[start : start + TASK_BATCHES] for start in range(0, len(batches), TASK_BATCHES))
         source = str(Path(encoder.source).absolute()) if Path(encoder.source).is_dir() else encoder.source
         device: Any = encoder.placement.device.type
-        compute = functools.partial(_encode, source, device, encoder.placement.precision, encoder.fingerprint, layout)
+        compute = functools.partial(encode, source, device, encoder.placement.precision, encoder.fingerprint, layout)
         given = ((np.concatenate(pack), tokens.take(np.concatenate(pack)), list(map(len, pack))) for pack in packs)
         return self.each(compute, given, device)
 
@@ -198,7 +191,7 @@ class Cluster(NamedTuple):
         from ray.train.backend import Backend
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        class NoGroup(TorchConfig):  # workers make it: see `_join`
+        class NoGroup(TorchConfig):  # workers make it: see `workers.join`
             backend_cls = Backend
 
         class GiveUp(UserCallback):
@@ -214,7 +207,7 @@ class Cluster(NamedTuple):
         given = {"depth": depth, "folder": str(folder), "minutes": checkpoints.minutes}
         given |= {"task": ray.put(ray.cloudpickle.dumps(task)), "backend": backend, "threads": threads}
         trainer = TorchTrainer(
-            _fine_tune,
+            fine_tune,
             train_loop_config=given,
             torch_config=NoGroup(backend),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpus, resources_per_worker={"CPU": threads}),
@@ -239,29 +232,6 @@ class Cluster(NamedTuple):
         for number, epoch in enumerate(found.history.epochs):
             on_epoch(number, epoch)
         return found
-
-
-class Actor:
-    """What scores parts, one after the other, in Ray Data."""
-
-    def __init__(self, job: Job) -> None:
-        torch.set_num_threads(1)  # whatever the node's environment says
-        self.job = job
-
-    @functools.cached_property
-    def scorer(self) -> Scorer:
-        """Made for the first part: of an actor that does not come to be, Ray tells only that it died."""
-        return Scorer(self.job)
-
-    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Score the one part of a batch; what it came to, or an error of ours, to which Ray would add words."""
-        name, slices = json.loads(batch["part"][0])
-        part = Part(name, [Slice(Table(*table), *rows) for table, *rows in slices])
-        try:
-            found: Json | HeadstartError = self.scorer(part)
-        except HeadstartError as error:
-            found = error
-        return {"done": [pickle.dumps(found)]}
 
 
 @contextlib.contextmanager
@@ -319,71 +289,6 @@ def interruptible(terminated: threading.Event) -> Iterator[None]:
 def device_of(job: Job) -> Device:
     """Where it is scored: what onnxruntime computes needs no GPU."""
     return "cpu" if is_by_onnx(job.run, job.device, job.precision) else job.device
-
-
-def _load(job: Job) -> None:
-    job.load()
-
-
-def _encode(
-    source: str,
-    device: Device,
-    precision: Precision,
-    fingerprint: str,
-    layout: Sequence[str],
-    given: tuple[NDArray[np.int64], Tokens, Sequence[int]],
-) -> Batch:
-    """Some whole batches: where their texts are among all, their tokens, and the sizes of the batches."""
-    index, tokens, sizes = given
-    torch.set_num_threads(1)  # whatever the node's environment says
-    encoder = kept_encoder(source, choose_placement(device, precision)).encoder
-    if encoder.fingerprint != fingerprint:
-        raise ModelError(f"{source}: a worker has another model of this name, or another version of torch.")
-    places = np.split(np.arange(len(index)), np.cumsum(sizes)[:-1])
-    return index, np.concatenate([encode_batch(encoder, tokens, layout, some)[1] for some in places])
-
-
-def _fine_tune(given: Json) -> None:
-    """What each worker does of fine-tuning."""
-    import ray
-
-    torch.set_num_threads(given["threads"])  # which decide how batches are cut
-    _join(given["backend"])
-    folder, rank = Path(given["folder"]), seat().rank
-
-    def announce(said: str) -> None:
-        with contextlib.suppress(OSError):  # of a disk that is not shared; what it leads to is told at the end
-            if rank == 0:
-                with open(folder / RAY_FILES / TOLD, "a", encoding="utf-8") as file:
-                    file.write(said + "\n")
-
-    def on_epoch(number: int, epoch: Epoch) -> bool:
-        announce(f"Epoch {number + 1:<3} {epoch.words()}, {epoch.seconds:,.0f} s")
-        return False
-
-    task: FineTuning = ray.cloudpickle.loads(ray.get(given["task"]))  # made by this very program
-    task.train(given["depth"], Checkpoints(folder, given["minutes"], announce), on_epoch=on_epoch)
-
-
-def _join(backend: str) -> None:
-    """Make torch's group of all workers, who meet at the node's own address; torch by itself listens on all."""
-    from ray import train, util
-    from ray.train.collective import broadcast_from_rank_zero
-
-    here, host = train.get_context(), util.get_node_ip_address()
-    rank, size = here.get_world_rank(), here.get_world_size()
-    if rank == 0:
-        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        port = listener.getsockname()[1]
-        broadcast_from_rank_zero((host, port))
-        own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-        store = distributed.TCPStore(host, port, size, **own)
-    else:
-        store = distributed.TCPStore(*broadcast_from_rank_zero(None), size)
-    for name, addresses in psutil.net_if_addrs().items():
-        if host in {one.address for one in addresses}:
-            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 @contextlib.contextmanager

@@ -93,8 +93,7 @@ class PatientProtocol(HttpToolsProtocol):
         self.timer: asyncio.TimerHandle | None = None
         self.in_head, self.received = True, 0  # whether headers are awaited; bytes of this request so far
 
-    # uvicorn narrows the type in the same way, so that mypy sees an override of asyncio's.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
         """Refuse one too many, or wait for its headers."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
