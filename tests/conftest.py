@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -355,3 +356,11 @@ def begin() -> Iterator[Begin]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
         process.communicate(timeout=60)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is as Python has it: what a shell runs in its background ignores it, tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -7,6 +7,8 @@ import pytest
 
 from headstart.interrupts import termination, undisturbed
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 
 def test_ctrl_c_comes_at_the_end_of_the_block_and_once() -> None:
     done = []

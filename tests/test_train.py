@@ -376,6 +376,7 @@ def test_ctrl_c_while_validating_keeps_the_best_so_far() -> None:
     assert state_bytes(model) == seen[1]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_within_a_step_comes_when_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rates, original, before = list[float](), AdamW.step, signal.getsignal(signal.SIGINT)
 
@@ -394,6 +395,7 @@ def test_ctrl_c_within_a_step_comes_when_it_is_whole(monkeypatch: pytest.MonkeyP
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_best_weights_are_noted_comes_when_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, times, loop = list[bytes](), list[int](), sys.modules[fit.__module__]
 
